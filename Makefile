@@ -1,0 +1,60 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make the virtual environment they need.
+#
+#   PYTHON=python3.12        which Python (>= 3.11) makes the environment
+#   TORCH_INDEX=URL          where to take torch from, for example a CUDA build's index; empty: wherever pip looks
+#   RUN=runs/demo            where the demo leaves its results
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+RUN := runs/demo
+BIN := .venv/bin
+STAMP := .venv/installed-$(shell { cat constraints.txt pyproject.toml; echo "$(TORCH_INDEX)"; $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)'; } 2>/dev/null | cksum | cut -d' ' -f1)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+export RAY_USAGE_STATS_ENABLED := 0
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install demo test lint constraints clean-demo
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@echo "Targets: demo test lint install constraints clean-demo"
+
+install: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; this is " + sys.version.split()[0] + ". Set PYTHON=...")'
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+# Every command below continues where it was stopped and does nothing when it is done.
+demo: $(STAMP)
+	$(BIN)/python -m pipeline tokenizer --config recipes/demo.yaml
+	$(BIN)/python -m pipeline extract --config recipes/demo.yaml --noise.extraction none --output $(RUN)/text
+	$(BIN)/python -m pipeline extract --config recipes/demo.yaml --noise.extraction none --corpus.split held_out --output $(RUN)/text-heldout
+	$(BIN)/python -m trainer --config recipes/demo_teacher.yaml
+	$(BIN)/python -m trainer --config recipes/demo_judge.yaml
+	$(BIN)/python -m pipeline extract --config recipes/demo.yaml
+	$(BIN)/python -m pipeline extract --config recipes/demo.yaml --corpus.split held_out --output $(RUN)/heldout
+	$(BIN)/python -m trainer --config recipes/demo_mdlm.yaml
+	$(BIN)/python -m trainer --config recipes/demo_mdlm_gumbel.yaml
+	$(BIN)/python -m trainer --config recipes/demo_mdlm_independent.yaml
+	$(BIN)/python -m eval report --config recipes/demo_report.yaml
+
+clean-demo:
+	rm -rf $(RUN)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+constraints:
+	{ head -1 constraints.txt; $(PIP) freeze --exclude-editable | sed 's/ @ .*//; s/+[a-z0-9.]*$$//'; } > constraints.new
+	mv constraints.new constraints.txt

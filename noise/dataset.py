@@ -1,0 +1,288 @@
+"""What makes a folder of shards a dataset: identity, plan, receipts, manifest.
+
+    DATASET/plan.json             identity, environment, input ranges -> shards; written first
+            shards/00000.arrow    one shard; 00000.json is its receipt, and a shard with a receipt is committed
+            manifest.json         identity, totals, every receipt, root hash; written last
+
+`identity` is everything that decides the numbers and nothing else; `identity_hash` is sha256 of its canonical JSON.
+`root_hash` is sha256 over identity_hash and every shard's sha256 in order: it names the dataset for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from noise.shard import EXTRACTIONS, FORMAT_VERSION, Rows, ShardMetadata, ShardReader, ShardWriter
+from noise.sketch import Codec
+from noise.storage import DatasetError, canonical_json, checked_fields, read_json, sha256_file, sha256_text, temporary_name, write_json
+
+Identity = dict[str, Any]
+CODEC_FIELDS = ("format_version", "vocab_size", "block_length", "extraction", "seed", "epsilon", "draws")
+"""Identity fields that every reader needs; the others describe where the numbers came from."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was committed as one shard."""
+
+    shard: int
+    file: str
+    """Name within shards/."""
+    sha256: str
+    bytes: int
+    rows: int
+    tokens: int
+    """Positions with noise."""
+    kept: int
+    """Sketch entries."""
+    saturated: int
+    nll_sum: float
+    """-sum of log_prob, nats."""
+    characters_in: int
+    """Characters of corpus read for this shard; 0 when sequential."""
+
+
+TOTALS = tuple(field.name for field in fields(Receipt) if field.type in ("int", "float") and field.name != "shard")
+
+
+def identity_hash(identity: Identity) -> str:
+    return sha256_text(canonical_json(identity))
+
+
+def default_seed(identity: Identity) -> int:
+    """A seed from the identity without its seed: 64 bits, never 0."""
+    digest = identity_hash({name: value for name, value in identity.items() if name != "seed"})
+    return int(digest[:16], 16) or 1
+
+
+def root_hash(identity: Identity, receipts: Sequence[Receipt]) -> str:
+    return sha256_text(identity_hash(identity) + "".join(receipt.sha256 for receipt in receipts))
+
+
+def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
+    """Where two identities differ, one line a field: `teacher.weights_hash: 'ab' here, 'cd' there`."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = sorted(set(ours) | set(theirs))
+        prefix = f"{path}." if path else ""
+        return [line for name in names for line in differences(ours.get(name), theirs.get(name), prefix + name)]
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return [line for at, pair in enumerate(zip(ours, theirs, strict=True)) for line in differences(*pair, f"{path}[{at}]")]
+    if ours == theirs:
+        return []
+    return [f"{path}: {_brief(ours)} here, {_brief(theirs)} there"]
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which input makes which shard; everything a worker needs besides the corpus and the teacher."""
+
+    identity: Identity
+    environment: dict[str, Any]
+    """Hardware and library versions; outside the identity."""
+    shards: list[Any]
+    """One entry a shard: the pipeline's description of its input range."""
+
+    def metadata(self, shard: int) -> ShardMetadata:
+        codec = Codec(self.identity["vocab_size"], self.identity["epsilon"], self.identity["draws"])
+        values = {name: self.identity[name] for name in CODEC_FIELDS}
+        return ShardMetadata(**values, step=codec.step, shard=shard, identity_hash=identity_hash(self.identity))
+
+    def write(self, folder: Path) -> None:
+        """Write plan.json; raises DatasetError, by field, if the folder holds a plan of another identity."""
+        if (folder / "plan.json").exists():
+            changed = differences(self.identity, Plan.read(folder).identity)
+            if changed:
+                lines = "\n  ".join(changed)
+                raise DatasetError(
+                    f"{folder} already holds a dataset of another identity:\n  {lines}\nchoose another output folder, or restore what changed"
+                )
+            return
+        write_json(folder / "plan.json", {"identity_hash": identity_hash(self.identity), **asdict(self)})
+
+    @classmethod
+    def read(cls, folder: Path) -> Plan:
+        value = read_json(folder / "plan.json")
+        identity = check_identity(value, folder / "plan.json")
+        if not isinstance(value.get("shards"), list) or not isinstance(value.get("environment"), dict):
+            raise DatasetError(f"{folder / 'plan.json'} lacks its list of shards or its environment")
+        return cls(identity, value["environment"], value["shards"])
+
+
+def check_identity(value: dict[str, Any], path: Path) -> Identity:
+    """The identity of a plan or manifest, after its hash, version and codec fields were checked."""
+    identity = value.get("identity")
+    if not isinstance(identity, dict):
+        raise DatasetError(f"{path} has no identity")
+    if identity.get("format_version") != FORMAT_VERSION:
+        raise DatasetError(f"{path} has format version {identity.get('format_version')}; this code reads version {FORMAT_VERSION}")
+    missing = [name for name in CODEC_FIELDS if name not in identity]
+    if missing:
+        raise DatasetError(f"{path}: the identity lacks {', '.join(missing)}")
+    if identity["extraction"] not in EXTRACTIONS:
+        raise DatasetError(f"{path}: extraction is {identity['extraction']!r}, expected one of {EXTRACTIONS}")
+    if value.get("identity_hash") != identity_hash(identity):
+        raise DatasetError(f"{path}: identity_hash does not belong to the identity beside it; the file was edited")
+    return identity
+
+
+def shard_name(shard: int) -> str:
+    return f"{shard:05d}.arrow"
+
+
+def receipt_path(folder: Path, shard: int) -> Path:
+    return folder / "shards" / f"{shard:05d}.json"
+
+
+def read_receipt(path: Path) -> Receipt:
+    return _receipt(read_json(path), str(path))
+
+
+def _receipt(value: Any, name: str) -> Receipt:
+    if not isinstance(value, dict):
+        raise DatasetError(f"{name}: a receipt is not a JSON object")
+    receipt = Receipt(**checked_fields(Receipt, value, name))
+    if receipt.file != shard_name(receipt.shard):
+        raise DatasetError(f"{name}: receipt of shard {receipt.shard} names the file {receipt.file!r}")
+    if not re.fullmatch("[0-9a-f]{64}", receipt.sha256):
+        raise DatasetError(f"{name}: sha256 is {_brief(receipt.sha256)}, expected 64 hexadecimal digits")
+    return receipt
+
+
+def committed(folder: Path) -> dict[int, Receipt]:
+    """Receipts on disk by shard number; from listing and reading receipts alone."""
+    found = {path: read_receipt(path) for path in sorted((folder / "shards").glob("*.json"))}
+    for path, receipt in found.items():
+        if path != receipt_path(folder, receipt.shard):
+            raise DatasetError(f"{path} is the receipt of shard {receipt.shard}, which belongs in {receipt_path(folder, receipt.shard).name}")
+    return {receipt.shard: receipt for receipt in found.values()}
+
+
+def commit_shard(folder: Path, metadata: ShardMetadata, rows: Iterable[Rows], characters_in: int) -> Receipt:
+    """Write one shard under a temporary name, then commit it: the file's rename, then its receipt.
+
+    A receipt that is there already wins, and this writer's own work is discarded. Returns the receipt that stands.
+    """
+    path, done = folder / "shards" / shard_name(metadata.shard), receipt_path(folder, metadata.shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    totals = Totals(metadata)
+    try:
+        with temporary.open("wb") as file:
+            writer = ShardWriter(file, metadata)
+            for part in rows:
+                writer.add(part)
+                totals.add(part)
+            writer.close()
+            file.flush()
+            os.fsync(file.fileno())
+        receipt = totals.receipt(path.name, sha256_file(temporary), temporary.stat().st_size, characters_in)
+        if done.exists():
+            return read_receipt(done)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_json(done, asdict(receipt))
+    return receipt
+
+
+class Totals:
+    """What a receipt says of a shard's rows, counted as they pass. A reader recounts it with the same code."""
+
+    def __init__(self, metadata: ShardMetadata):
+        self._metadata, self._largest_code = metadata, 256**metadata.codec.code_bytes - 1
+        self.rows = self.tokens = self.kept = self.saturated = 0
+        self.nll_sum = 0.0
+
+    def add(self, rows: Rows) -> None:
+        self.rows += len(rows)
+        if self._metadata.extraction != "none":
+            self.tokens += int(rows.length.sum(dtype="int64")) - len(rows)
+        self.kept += len(rows.index)
+        self.saturated += int((rows.code == self._largest_code).sum())
+        for row in rows.log_prob:  # row by row, so that the sum does not depend on how rows were grouped
+            self.nll_sum -= float(row.sum(dtype="float64"))
+
+    def receipt(self, file: str, sha256: str, size: int, characters_in: int) -> Receipt:
+        return Receipt(self._metadata.shard, file, sha256, size, self.rows, self.tokens, self.kept, self.saturated, self.nll_sum, characters_in)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished dataset: its identity, receipts in shard order, totals and root hash."""
+
+    identity: Identity
+    receipts: list[Receipt]
+    root_hash: str
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        return {name: sum(getattr(receipt, name) for receipt in self.receipts) for name in TOTALS}
+
+    @classmethod
+    def write(cls, folder: Path, plan: Plan, extra: dict[str, Any] | None = None) -> Manifest:
+        """Write manifest.json from the receipts on disk. Raises DatasetError naming the shards that are not committed."""
+        receipts = committed(folder)
+        absent = [shard for shard in range(len(plan.shards)) if shard not in receipts]
+        if absent:
+            raise DatasetError(f"{folder} is unfinished: {len(absent)} of {len(plan.shards)} shards are not committed, first {absent[0]}")
+        ordered = [receipts[shard] for shard in range(len(plan.shards))]
+        manifest = cls(plan.identity, ordered, root_hash(plan.identity, ordered))
+        value = {
+            "identity": plan.identity,
+            "identity_hash": identity_hash(plan.identity),
+            "totals": manifest.totals,
+            "receipts": [asdict(receipt) for receipt in ordered],
+            "root_hash": manifest.root_hash,
+        }
+        write_json(folder / "manifest.json", {**(extra or {}), **value})
+        return manifest
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises DatasetError when the dataset is unfinished, of another format version, or its manifest was edited."""
+        path = folder / "manifest.json"
+        if not path.exists():
+            if (folder / "plan.json").exists():
+                raise DatasetError(
+                    f"{folder} is unfinished (a plan, no manifest); run `python -m pipeline extract` again, it continues where it stopped"
+                )
+            raise DatasetError(f"{folder} is not a noise dataset: it has no manifest.json")
+        value = read_json(path)
+        identity = check_identity(value, path)
+        if not isinstance(value.get("receipts"), list):
+            raise DatasetError(f"{path} has no list of receipts")
+        receipts = [_receipt(item, str(path)) for item in value["receipts"]]
+        if [receipt.shard for receipt in receipts] != list(range(len(receipts))):
+            raise DatasetError(f"{path}: receipts are not in shard order")
+        manifest = cls(identity, receipts, root_hash(identity, receipts))
+        if value.get("root_hash") != manifest.root_hash or value.get("totals") != manifest.totals:
+            raise DatasetError(f"{path}: root_hash or totals do not belong to the receipts beside them; the file was edited")
+        return manifest
+
+
+def open_shard(folder: Path, receipt: Receipt, identity: Identity, check_hash: bool = True) -> ShardReader:
+    """A committed shard, checked against its receipt (size, hash) and the dataset's identity."""
+    path = folder / "shards" / receipt.file
+    way_out = "fetch it again, or delete its receipt and run extract again"
+    if not path.exists():
+        raise DatasetError(f"{path} is missing; {way_out}")
+    size = path.stat().st_size
+    if size != receipt.bytes:
+        raise DatasetError(f"{path} has {size} bytes, its receipt says {receipt.bytes}: truncated or edited; {way_out}")
+    if check_hash and (found := sha256_file(path)) != receipt.sha256:
+        raise DatasetError(f"{path} has sha256 {found[:16]}..., its receipt says {receipt.sha256[:16]}...: edited or damaged; {way_out}")
+    reader = ShardReader(path)
+    ours = reader.metadata
+    if ours.identity_hash != identity_hash(identity) or ours.shard != receipt.shard:
+        raise DatasetError(f"{path} belongs to another dataset: its identity_hash is {ours.identity_hash[:16]}..., its shard {ours.shard}")
+    return reader

@@ -1,0 +1,190 @@
+"""The epsilon-sketch, version 1: dense posterior noise in a few bytes a token, with a proven error bound.
+
+The stream rebuilds every E, so noise needs only p, and p matters only where the teacher moved the noise: entry i != x
+is kept if `log1p(p_i E_0 / E_i) > epsilon` in some draw. With c = e^epsilon - 1 that is E_i < p_i E_0 / c, a comparison
+of the stream's word with a threshold. Kept entries store a code of p_i that rounds up; a reader takes p = 0 elsewhere.
+
+    not kept   0 <= g_decoded - g <= epsilon        kept   -step < g_decoded - g <= 0        token   equal
+    argmax(log p + g_decoded) == x, always          E|kept| <= R / c, whatever the vocabulary and the teacher
+
+Equal bits: which entries are kept and their codes depend only on the log-probs' bits and the rows, not on chunking,
+batch order, device or compilation, up to float rounding of the threshold at its very edge.
+Shapes: N positions, V vocabulary, K kept entries over all positions, R draws.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from noise import philox
+from noise.compiled import compiled
+
+MIN_EPSILON, MAX_EPSILON = 2.0**-10, math.log(2.0)
+MAX_DRAWS = 128
+MAX_KEPT = 2**16 - 1
+
+
+class TeacherError(ValueError):
+    """The teacher's output cannot be encoded; `position` is the first bad one among the N given."""
+
+    def __init__(self, position: int, reason: str):
+        super().__init__(reason)
+        self.position, self.reason = position, reason
+
+
+@dataclass(frozen=True)
+class Codec:
+    """The constants of one dataset's sketch. Raises ValueError for any that the format does not allow."""
+
+    vocab_size: int
+    """V, the width of the teacher's logits."""
+    epsilon: float = 0.125
+    """Largest error of an entry that is not kept, in nats; 2^-10 <= epsilon < ln 2."""
+    draws: int = 1
+    """R, how many draws of noise the kept entries serve."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.vocab_size < 2**32:
+            raise ValueError(f"vocab_size is {self.vocab_size}; it must be in [2, 2^32)")
+        if not MIN_EPSILON <= self.epsilon < MAX_EPSILON:
+            raise ValueError(f"epsilon is {self.epsilon}; it must be in [2^-10, ln 2) = [{MIN_EPSILON:.6f}, {MAX_EPSILON:.6f})")
+        if not 1 <= self.draws <= MAX_DRAWS:
+            raise ValueError(f"draws is {self.draws}; it must be in [1, {MAX_DRAWS}]")
+        # given E_0, at most E_0 / c entries are kept on average, and E_0 > 64 has probability e^-64
+        if min(self.vocab_size - 1, 64 * self.expected_kept_bound) > MAX_KEPT:
+            raise ValueError(
+                f"epsilon {self.epsilon} with {self.draws} draws could keep more than {MAX_KEPT} entries at one position; "
+                "raise epsilon or lower draws"
+            )
+
+    @property
+    def c(self) -> float:
+        """e^epsilon - 1."""
+        return math.expm1(self.epsilon)
+
+    @property
+    def expected_kept_bound(self) -> float:
+        """R / c: no teacher keeps more entries a position on average."""
+        return self.draws / self.c
+
+    @property
+    def step(self) -> float:
+        """Width of a code's bin in nats."""
+        return min(self.epsilon, 0.125)
+
+    @property
+    def code_bytes(self) -> int:
+        return 1 if self.step == 0.125 else 2
+
+    @property
+    def index_bytes(self) -> int:
+        return 2 if self.vocab_size <= 65536 else 4
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What is kept of N positions."""
+
+    log_prob_N: Tensor
+    """float32 [N]: the teacher's log-prob of the realised token, nats."""
+    kept_N: Tensor
+    """int64 [N]: how many entries each position keeps."""
+    index_K: Tensor
+    """int64 [K]: their vocabulary entries, position by position, ascending within one."""
+    code_K: Tensor
+    """int64 [K]: floor(-ln p / step), at most the type's maximum."""
+
+
+def encode(log_probs_NV: Tensor, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> Sketch:
+    """Sketch the posterior noise of tokens int64 [N] under float32 log-probs [N, V], for draws 0..R-1 of the given rows.
+
+    Raises TeacherError where log-probs are NaN or the token has probability zero, ValueError for ids outside [0, V).
+    """
+    if log_probs_NV.shape[1] != codec.vocab_size:
+        raise ValueError(f"log-probs are {log_probs_NV.shape[1]} wide; the dataset's vocab_size is {codec.vocab_size}")
+    outside = (token_N < 0) | (token_N >= codec.vocab_size)
+    if bool(outside.any()):
+        raise TeacherError(int(outside.nonzero()[0, 0]), f"token id {int(token_N[outside][0])} is not below the teacher's width {codec.vocab_size}")
+    log_prob_N = log_probs_NV.gather(1, token_N[:, None])[:, 0]
+    # log-softmax spreads one NaN or +inf logit over its whole row, so the token's own value shows it
+    bad = ~torch.isfinite(log_prob_N)
+    if bool(bad.any()):
+        value = float(log_prob_N[bad][0])
+        cause = "the token has probability zero" if value == -math.inf else "NaN or infinite logits"
+        raise TeacherError(int(bad.nonzero()[0, 0]), f"the teacher's log-prob of the token is {value} ({cause})")
+    kept_NV = moved(log_probs_NV, token_N, rows_N5, 1.0 / codec.c)
+    for draw in range(1, codec.draws):
+        kept_NV |= moved(log_probs_NV, token_N, philox.with_draw(rows_N5, draw), 1.0 / codec.c)
+    owner_K, index_K = kept_NV.nonzero(as_tuple=True)
+    code_K = quantise(log_probs_NV[owner_K, index_K], codec)
+    kept_N = torch.bincount(owner_K, minlength=len(token_N))
+    return Sketch(log_prob_N, kept_N, index_K, code_K)
+
+
+@compiled
+def moved(log_probs_NV: Tensor, token_N: Tensor, rows_N5: Tensor, inverse_c: float) -> Tensor:
+    """Which entries the teacher moved by more than epsilon in one draw: bool [N, V], false at the token.
+
+    Kept iff word < T with y = p E_0 / c and T = min(2^32, ceil((1 - e^-y) 2^32 (1 + 2^-20) - 1/2)): no logarithm.
+    """
+    y_NV = log_probs_NV.exp() * (philox.winner_exponential(rows_N5) * inverse_c)[:, None]
+    threshold_NV = _threshold(y_NV)
+    word_NV = philox.words(rows_N5, log_probs_NV.shape[1])
+    entry_V = torch.arange(log_probs_NV.shape[1], device=token_N.device)
+    return (word_NV < threshold_NV) & (entry_V[None, :] != token_N[:, None])
+
+
+def _threshold(y: Tensor) -> Tensor:
+    return (torch.expm1(-y) * -(2.0**32 * (1 + 2.0**-20)) - 0.5).ceil().clamp_max(2.0**32).to(torch.int64)
+
+
+def quantise(log_prob_K: Tensor, codec: Codec) -> Tensor:
+    """Codes floor(-ln p / step), int64 [K], computed in float64; the type's maximum is never reached at a legal epsilon."""
+    return (-log_prob_K.to(torch.float64) / codec.step).floor().to(torch.int64).clamp(0, 256**codec.code_bytes - 1)
+
+
+def dequantise(code_K: Tensor, codec: Codec) -> Tensor:
+    """p = exp(-step code), float32: never below the p that was encoded, less than a factor e^step above it."""
+    return torch.exp(code_K.to(torch.float64) * -codec.step).to(torch.float32)
+
+
+def decode(sketch: Sketch, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> Tensor:
+    """Dense posterior noise g, float32 [N, V], of the draw that the rows name (below the codec's R).
+
+    Prior noise everywhere, corrected at the kept entries and the token: nothing else was moved by more than epsilon.
+    """
+    g_NV = philox.gumbel(rows_N5, codec.vocab_size)
+    e0_N = philox.winner_exponential(rows_N5)
+    owner_K = torch.repeat_interleave(torch.arange(len(token_N), device=token_N.device), sketch.kept_N, output_size=len(sketch.index_K))
+    e_K = philox.exponential(philox.words_at(rows_N5[owner_K], sketch.index_K))
+    g_NV[owner_K, sketch.index_K] = -torch.log(e_K + dequantise(sketch.code_K, codec) * e0_N[owner_K])
+    g_NV[torch.arange(len(token_N), device=token_N.device), token_N] = -sketch.log_prob_N - e0_N.log()
+    return g_NV
+
+
+def justified(sketch: Sketch, rows_N5: Tensor, codec: Codec) -> Tensor:
+    """bool [K]: whether some draw explains each kept entry, given its decoded p. One that none explains is damage."""
+    owner_K = torch.repeat_interleave(torch.arange(len(rows_N5), device=rows_N5.device), sketch.kept_N, output_size=len(sketch.index_K))
+    p_K = dequantise(sketch.code_K, codec)
+    explained_K = torch.zeros(len(p_K), dtype=torch.bool, device=p_K.device)
+    for draw in range(codec.draws):
+        drawn_K5 = philox.with_draw(rows_N5, draw)[owner_K]
+        # a little above the threshold still counts: p on the edge of its code's bin may have been rounded up on another device
+        y_K = p_K * philox.winner_exponential(drawn_K5) * ((1 + 2.0**-20) / codec.c)
+        explained_K |= philox.words_at(drawn_K5, sketch.index_K) < _threshold(y_K)
+    return explained_K
+
+
+def select(sketch: Sketch, position_M: Tensor) -> Sketch:
+    """The sketch of some of its positions, int64 [M] indices into N, in the order given."""
+    start_N = torch.cumsum(sketch.kept_N, 0) - sketch.kept_N
+    kept_M = sketch.kept_N[position_M]
+    first_M = torch.cumsum(kept_M, 0) - kept_M
+    total = int(kept_M.sum())
+    shift_K = torch.repeat_interleave(start_N[position_M] - first_M, kept_M, output_size=total)
+    entry_K = torch.arange(total, device=shift_K.device) + shift_K
+    return Sketch(sketch.log_prob_N[position_M], kept_M, sketch.index_K[entry_K], sketch.code_K[entry_K])

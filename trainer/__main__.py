@@ -1,0 +1,43 @@
+"""Train a student from shards.
+
+    python -m trainer --config recipes/demo_mdlm_gumbel.yaml
+    torchrun --standalone --nproc-per-node 2 -m trainer --config recipes/demo_mdlm_gumbel.yaml --optim.steps 500
+
+The same command continues a run that was stopped, and does nothing when it is done.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from trainer.config import TrainConfig
+from trainer.loop import train
+
+
+def parse(arguments: list[str] | None = None) -> TrainConfig:
+    """A recipe with dotted overrides; unknown keys end with a message and status 2."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="python -m trainer", description=__doc__)
+    parser.add_argument("--config", action="config", help="A recipe: YAML with the settings below.")
+    parser.add_class_arguments(TrainConfig)
+    parsed = parser.parse_args(arguments)
+    parsed.pop("config", None)
+    config: TrainConfig = TrainConfig(**parser.instantiate_classes(parsed).as_dict())
+    return config
+
+
+def main() -> int:
+    config = parse()
+    try:
+        train(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Noise at the masked positions of a student: at its input, between its layers, at its output.
+
+    input    softmax(g [+ log unigram]) through a V x H projection replaces the mask embedding, or is added to it (the paper)
+    drafts   after a named layer, softmax(logits + scale g) is re-embedded and added, so that a position sees what its
+             neighbours are about to choose; each draft has its own small cross-entropy
+    readout  scale g is added to the output logits: argmax then has the teacher's own form, argmax(log p + g)
+
+The scale of drafts and readout is softplus of a linear function of the hidden state: a position whose context is known
+trusts its noise, one whose context is still open does not. Without noise a draft is softmax(logits) alone.
+Shapes: N masked positions, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import NoiseConfig
+
+
+class NoiseInput(nn.Module):
+    """softmax(g) through a V x H projection."""
+
+    def __init__(self, config: NoiseConfig, vocab_size: int, hidden: int):
+        super().__init__()
+        self.config = config
+        self.projection = nn.Linear(vocab_size, hidden, bias=False) if config.projection == "own" else None
+        if self.projection is not None:
+            nn.init.normal_(self.projection.weight, std=0.02)
+        if config.prior == "unigram":
+            self.register_buffer("log_unigram_V", torch.zeros(vocab_size))
+
+    def forward(self, mask_H: Tensor, g_NV: Tensor, embedding_VH: Tensor) -> Tensor:
+        """What stands at the masked positions, [N, H]."""
+        if self.config.prior == "unigram":
+            g_NV = g_NV + self.log_unigram_V
+        share_NV = g_NV.softmax(-1)
+        seen_NH = self.projection(share_NV) if self.projection is not None else share_NV @ embedding_VH
+        return seen_NH if self.config.input == "replace" else seen_NH + mask_H
+
+
+class Readout(nn.Module):
+    """logits + scale(h) g."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.scale = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.scale.weight)
+        nn.init.zeros_(self.scale.bias)
+
+    def forward(self, logits_NV: Tensor, hidden_NH: Tensor, g_NV: Tensor) -> Tensor:
+        return logits_NV + F.softplus(self.scale(hidden_NH)).float() * g_NV
+
+
+class Draft(nn.Module):
+    """softmax(logits + scale g), re-embedded."""
+
+    def __init__(self, hidden: int, noisy: bool):
+        super().__init__()
+        self.readout = Readout(hidden) if noisy else None
+        self.embed = nn.Linear(hidden, hidden, bias=False)
+        nn.init.eye_(self.embed.weight)
+
+    def forward(self, logits_NV: Tensor, hidden_NH: Tensor, g_NV: Tensor | None, embedding_VH: Tensor) -> tuple[Tensor, Tensor]:
+        """The draft's logits [N, V] and what it adds at the masked positions [N, H]."""
+        if self.readout is not None and g_NV is not None:
+            logits_NV = self.readout(logits_NV, hidden_NH, g_NV)
+        return logits_NV, self.embed(logits_NV.softmax(-1).to(embedding_VH.dtype) @ embedding_VH)

@@ -1,0 +1,42 @@
+"""The autoregressive student: the demo's teacher and judge, and the baseline of student size.
+
+Loss: -sum over positions 1..length-1 of log softmax(logits at t-1)[x_t]. Saves as a Hugging Face Llama.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.backbone import Backbone
+from trainer.chance import Chance
+from trainer.config import StudentConfig
+from trainer.data import Batch
+
+
+class AR(nn.Module):
+    def __init__(self, config: StudentConfig, vocab_size: int, block_length: int):
+        super().__init__()
+        if config.noise.kind != "none" or config.noise.drafts or config.shift:
+            raise ValueError("student.kind ar takes no noise, drafts or shift; drop student.noise and student.shift")
+        self.config, self.noise = config, config.noise
+        self.vocab_size, self.mask_id, self.block_length = vocab_size, None, block_length
+        self.model = Backbone(vocab_size, config.layers, config.hidden, config.heads, config.mlp, config.dropout)
+
+    def logits(self, ids_BL: Tensor) -> Tensor:
+        """float32 [B, L, V]; those at t predict the token at t + 1."""
+        return self.model.head(self._hidden(ids_BL), self.vocab_size)
+
+    def _hidden(self, ids_BL: Tensor) -> Tensor:
+        x_BLH = self.model.embed_tokens(ids_BL)
+        cos_LD, sin_LD = self.model.rotary(ids_BL.shape[1])
+        for layer in self.model.layers:
+            x_BLH = layer(x_BLH, cos_LD, sin_LD, True, None)
+        return x_BLH
+
+    def forward(self, batch: Batch, chance: Chance, other_noise: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """The negative log-likelihood summed over rows, nats. Padding comes last, so causal attention never sees it."""
+        valid_BL = batch.valid_BL[:, 1:]
+        logits_NV = self.model.head(self._hidden(batch.input_ids_BL[:, :-1])[valid_BL], self.vocab_size)
+        nll = F.cross_entropy(logits_NV, batch.input_ids_BL[:, 1:][valid_BL], reduction="sum")
+        return nll, {"nll": nll.detach()}
