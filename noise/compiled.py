@@ -38,10 +38,11 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:
             if not _is_compiler_failure(error):
                 raise
+            result = function(*args, **kwargs)  # an error of the function itself comes out here, and compilation is not to blame
             _broken.append(type(error).__name__)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(f"torch.compile does not work here, running eagerly (slower, same results): {reason}", stacklevel=2)
-            return function(*args, **kwargs)
+            return result
 
     call.eager = function  # type: ignore[attr-defined]
     return call

@@ -190,7 +190,7 @@ class ShardReader:
             self.batches = self._file.num_record_batches
         except FileNotFoundError:
             raise DatasetError(f"{path} does not exist") from None
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{path} is truncated or damaged ({error}); fetch it again or remake it from its plan") from None
 
     def batch(self, number: int) -> Rows:
@@ -198,7 +198,7 @@ class ShardReader:
         try:
             record_batch = self._file.get_batch(number)
             record_batch.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{self.path}: record batch {number} is damaged ({error}); fetch the shard again") from None
         wrong = self._wrong(number, record_batch)
         if wrong:
@@ -247,7 +247,7 @@ class ShardReader:
 def _json_object(encoded: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(encoded)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DatasetError(f"{path}: the metadata key 'gumbel' is not valid JSON") from None
     if not isinstance(value, dict):
         raise DatasetError(f"{path}: the metadata key 'gumbel' is not a JSON object")

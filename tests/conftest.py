@@ -4,8 +4,8 @@ import os
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
-import hypothesis  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import torch
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=40)

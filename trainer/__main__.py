@@ -23,12 +23,13 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     parser.add_class_arguments(TrainConfig)
     parsed = parser.parse_args(arguments)
     parsed.pop("config", None)
-    config: TrainConfig = TrainConfig(**parser.instantiate_classes(parsed).as_dict())
+    config: TrainConfig = TrainConfig(**parser.instantiate(parsed).as_dict())
     return config
 
 
-def main() -> int:
-    config = parse()
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a refusal or failure with its one line, 2 bad settings, 130 stopped with a checkpoint."""
+    config = parse(arguments)
     try:
         train(config)
     except (ValueError, OSError) as error:

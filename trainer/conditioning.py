@@ -56,9 +56,10 @@ class Readout(nn.Module):
 class Draft(nn.Module):
     """softmax(logits + scale g), re-embedded."""
 
-    def __init__(self, hidden: int, noisy: bool):
+    def __init__(self, hidden: int, noisy: bool, restart: bool):
         super().__init__()
         self.readout = Readout(hidden) if noisy else None
+        self.carry = nn.Parameter(torch.zeros(hidden)) if restart else None
         self.embed = nn.Linear(hidden, hidden, bias=False)
         nn.init.eye_(self.embed.weight)
 

@@ -22,6 +22,8 @@ class NoiseConfig:
     """Add a learned scale times g to the output logits, so that argmax is the sample."""
     drafts: list[int] = field(default_factory=list)
     """After each of these layers (1 = after the first), re-embed softmax(logits + scale g) at the masked positions."""
+    draft_restart: bool = False
+    """A draft starts the stream again: the known tokens' embeddings, the draft's at the masked positions, and a learned share of what was there."""
     draft_weight: float = 0.1
     """Weight of each draft's own cross-entropy in the loss."""
 

@@ -86,10 +86,11 @@ def start_from(student: Student, folder: Path) -> list[str]:
     """Load what fits of a causal or masked checkpoint by name and shape; returns lines that say what was and was not."""
     weights = load_tensors(folder / "model.safetensors")
     own = student.state_dict()
+    depth = 1 + max((int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")), default=0)
     loaded, kept = [], []
     with torch.no_grad():
         for name, tensor in own.items():
-            given = weights.get(name)
+            given = weights.get(_repeated(name, depth))
             if given is not None and given.shape == tensor.shape:
                 tensor.copy_(given)
                 loaded.append(name)
@@ -105,6 +106,14 @@ def start_from(student: Student, folder: Path) -> list[str]:
     lines = [f"started from {folder}: {len(loaded)} tensors loaded"]
     lines += [f"  kept its initial value: {name}" for name in kept] + [f"  unused there: {name}" for name in unused]
     return lines
+
+
+def _repeated(name: str, depth: int) -> str:
+    """A deeper student takes the layers again from the first: layer i starts as layer i mod depth."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"]:
+        parts[2] = str(int(parts[2]) % depth)
+    return ".".join(parts)
 
 
 def parameters(module: nn.Module) -> int:

@@ -36,7 +36,7 @@ class MDLM(nn.Module):
         if any(not 1 <= layer <= config.layers for layer in noise.drafts):
             raise ValueError(f"student.noise.drafts is {noise.drafts}; layers are 1..{config.layers}")
         self.input = NoiseInput(noise, vocab_size, config.hidden) if noise.input != "none" else None
-        self.drafts = nn.ModuleDict({str(layer): Draft(config.hidden, noisy) for layer in noise.drafts})
+        self.drafts = nn.ModuleDict({str(layer): Draft(config.hidden, noisy, noise.draft_restart) for layer in noise.drafts})
         self.readout = Readout(config.hidden) if noise.readout else None
 
     def logits(self, ids_BL: Tensor, g_NV: Tensor | None = None, length_B: Tensor | None = None) -> Tensor:
@@ -51,7 +51,7 @@ class MDLM(nn.Module):
         if length_B is not None:
             keys = (torch.arange(length, device=ids_BL.device) < length_B[:, None])[:, None, None, :]
         embedding_VH = model.embed_tokens.weight[: self.vocab_size]
-        x_BLH = model.embed_tokens(ids_BL)
+        x_BLH = known_BLH = model.embed_tokens(ids_BL)
         if self.input is not None:
             seen_NH = self.input(model.embed_tokens.weight[self.mask_id], g_NV, embedding_VH)
             x_BLH = x_BLH.flatten(0, 1).index_copy(0, where_N, seen_NH.to(x_BLH.dtype)).view_as(x_BLH)
@@ -61,9 +61,13 @@ class MDLM(nn.Module):
             x_BLH = layer(x_BLH, cos_LD, sin_LD, False, keys)
             if str(number) in self.drafts:
                 at_NH = x_BLH.flatten(0, 1)[where_N - self.shift]
-                draft_NV, added_NH = self.drafts[str(number)](model.head(at_NH, self.vocab_size), at_NH, g_NV, embedding_VH)
+                draft = self.drafts[str(number)]
+                draft_NV, added_NH = draft(model.head(at_NH, self.vocab_size), at_NH, g_NV, embedding_VH)
                 drafts.append(draft_NV)
-                x_BLH = x_BLH.flatten(0, 1).index_add(0, where_N, added_NH.to(x_BLH.dtype)).view_as(x_BLH)
+                if draft.carry is None:
+                    x_BLH = x_BLH.flatten(0, 1).index_add(0, where_N, added_NH.to(x_BLH.dtype)).view_as(x_BLH)
+                else:
+                    x_BLH = known_BLH.flatten(0, 1).index_copy(0, where_N, added_NH.to(x_BLH.dtype)).view_as(x_BLH) + draft.carry * x_BLH
         at_NH = x_BLH.flatten(0, 1)[where_N - self.shift]
         logits_NV = model.head(at_NH, self.vocab_size)
         if self.readout is not None:
