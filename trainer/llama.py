@@ -17,8 +17,10 @@ def save_llama(folder: Path, student: AR, weights: dict[str, Tensor]) -> None:
     """`save_pretrained` of a LlamaForCausalLM with these weights. ValueError where transformers is absent."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise ValueError("saving an `ar` student needs transformers: pip install transformers, then run the same command again") from None
+    logging.disable_progress_bar()
     config = student.config
     llama = LlamaForCausalLM(
         LlamaConfig(

@@ -1,0 +1,18 @@
+"""Student -> samples -> figures, tables, plots: how good the text is, for how many function evaluations, against whom.
+
+The data flow of this room, one file each:
+
+    sampler      a masked student, noise and a number of function evaluations (NFE) -> tokens
+    causal       any Hugging Face causal LM -> tokenizer, logits, and its own samples from the same noise
+    samples      a request -> one Arrow file of tokens, sampled once and never again
+    judge        tokens -> negative log-likelihoods under a causal LM that is not the teacher
+    metrics      tokens and likelihoods -> perplexity, entropy, distinct-n, with bootstrap intervals
+    frontier     perplexity against entropy -> perplexity at the entropy of real text, and ratios between systems
+    heldout      a held-out dataset -> real rows and the posterior noise that a teacher left for them
+    reconstruct  posterior noise of held-out rows -> how much of the text comes back
+    report       all of it for several students -> report.json; page and plot make report.md and report.png of it
+
+Perplexity can be bought with entropy, so no system is a point: each is traced, and compared at matched entropy.
+Imports noise, trainer and, for a causal LM, transformers; nothing imports eval.
+Shape suffixes: B rows of a batch, S sequences of a set, L positions, V vocabulary, N masked positions, R bootstrap replicates, P traced points.
+"""

@@ -1,0 +1,78 @@
+"""Perplexity at matched entropy: a system is a curve, not a point.
+
+Lower temperature lowers perplexity and entropy together, so perplexity alone proves nothing. Each system at each NFE is
+traced by several temperatures (or noise temperatures); its log-perplexity is interpolated linearly against the pooled
+token entropy and read where the entropy is that of real text.
+
+The bootstrap resamples the whole curve (the same sequence ids at every point, so points and systems are paired) and,
+independently, the real text: its own error is inside the interval, and the plug-in entropy's bias cancels.
+Nothing is extrapolated: outside the traced range the nearest end stands, and `position` says so.
+
+Shapes: P traced points, R replicates + 1 (row 0 is the estimate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.metrics import Array, Interval, Scored, log_perplexity, pooled_entropy
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """One system at one NFE, in any order of its points."""
+
+    entropy_PR: Array
+    """float64 [P, R]: pooled token entropy, nats."""
+    log_perplexity_PR: Array
+    """float64 [P, R]"""
+
+    @classmethod
+    def trace(cls, points: Sequence[Scored], weights_RS: Array) -> Frontier:
+        entropies = [pooled_entropy(point.ids_SL, point.length_S, weights_RS) for point in points]
+        return cls(np.stack(entropies), np.stack([log_perplexity(point.nll_S, point.tokens_S, weights_RS) for point in points]))
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A frontier read at an entropy."""
+
+    log_perplexity_R: Array
+    position: str
+    """inside, or `above` / `below`: where the wanted entropy lies of the traced range; then the nearest end was read."""
+    clamped: float
+    """Share of replicates that had to take an end."""
+
+    @property
+    def perplexity(self) -> Interval:
+        return Interval.of(np.exp(self.log_perplexity_R))
+
+
+def match(frontier: Frontier, entropy_R: Array) -> Matched:
+    """Log-perplexity of the frontier at entropies [R], replicate by replicate."""
+    order_PR = np.argsort(frontier.entropy_PR, axis=0, kind="stable")
+    x_PR = np.take_along_axis(frontier.entropy_PR, order_PR, 0)
+    y_PR = np.take_along_axis(frontier.log_perplexity_PR, order_PR, 0)
+    below_R, above_R = entropy_R < x_PR[0], entropy_R > x_PR[-1]
+    position = "below" if below_R[0] else "above" if above_R[0] else "inside"
+    clamped = float((below_R | above_R)[1:].mean()) if len(entropy_R) > 1 else float(position != "inside")
+    return Matched(_interpolate(x_PR, y_PR, np.clip(entropy_R, x_PR[0], x_PR[-1])), position, clamped)
+
+
+def _interpolate(x_PR: Array, y_PR: Array, at_R: Array) -> Array:
+    """Linear interpolation in every column; x ascends within a column and at_R lies inside its range."""
+    if len(x_PR) == 1:
+        return np.asarray(y_PR[0])
+    segment_1R = np.clip((x_PR <= at_R).sum(0) - 1, 0, len(x_PR) - 2)[None]
+    x0, x1 = (np.take_along_axis(x_PR, segment_1R + end, 0)[0] for end in (0, 1))
+    y0, y1 = (np.take_along_axis(y_PR, segment_1R + end, 0)[0] for end in (0, 1))
+    share = np.where(x1 > x0, (at_R - x0) / np.where(x1 > x0, x1 - x0, 1.0), 0.0)
+    return np.asarray(y0 + share * (y1 - y0))
+
+
+def ratio(ours: Matched, theirs: Matched) -> Interval:
+    """Our perplexity divided by theirs, both at matched entropy, paired replicate by replicate."""
+    return Interval.of(np.exp(ours.log_perplexity_R - theirs.log_perplexity_R))

@@ -1,0 +1,45 @@
+"""What the terminal shows at the end: a table, the verdicts, and where the picture is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from eval.page import interval, matched_row
+
+
+def show_report(report: dict[str, Any], folder: Path) -> None:
+    console = Console()
+    table = Table(title="Generative perplexity at the entropy of real text (95% interval)")
+    table.add_column("system")
+    for nfe in report["settings"]["nfe"]:
+        table.add_column(f"NFE {nfe}", justify="right")
+    for name, system in report["systems"].items():
+        table.add_row(*matched_row(name, system))
+    console.print(table)
+    for name, label in (("teacher", "the teacher's own samples"), ("real", "real text")):
+        if report[name] is not None:
+            console.print(
+                f"{label}: perplexity {interval(report[name]['perplexity'])}, entropy {interval(report[name]['entropy'], 3)}", highlight=False
+            )
+    for line in report["comparisons"]:
+        console.print(Text(line["sentence"], style="green" if line["below_one"] else ""), soft_wrap=True)
+    for warning in report["warnings"]:
+        console.print(Text(f"note: {warning}", style="yellow"), soft_wrap=True)
+    console.print(f"report: {folder / 'report.md'}\npicture: {folder / 'report.png'}", highlight=False, soft_wrap=True)
+
+
+def show_figures(rows: dict[str, str]) -> None:
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def show_texts(texts: list[str]) -> None:
+    for number, text in enumerate(texts):
+        Console().print(Text(f"[{number}] {text}"), soft_wrap=True)

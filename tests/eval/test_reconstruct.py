@@ -1,0 +1,79 @@
+"""Noise to text: a student that knew the teacher would return what the noise determines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from eval.reconstruct import full_rows, reconstruct
+from noise import philox
+from noise.dataset import Manifest, Plan, commit_shard
+from noise.sketch import Codec
+from noise.storage import DatasetError
+from tests.eval.world import LENGTH, VOCAB, write_heldout
+from tests.noise.teachers import BigramTeacher, identity_of, rows_of
+from trainer.data import NoiseDataset
+
+
+def next_log_probs(teacher: BigramTeacher) -> torch.Tensor:
+    """[V, V]: row v is what follows token v."""
+    last_V = torch.arange(teacher.vocab_size)
+    return teacher.log_probs(torch.stack([last_V, last_V], 1))[:, 1]
+
+
+class Oracle:
+    """Writes position t as the teacher would after the token that it holds at t - 1, argmax(log p + g), else from BOS."""
+
+    def __init__(self, noise: str = "gumbel"):
+        self.vocab_size, self.mask_id = VOCAB, VOCAB
+        self.noise = SimpleNamespace(kind=noise, readout=True)
+        self.table = next_log_probs(BigramTeacher(VOCAB))
+
+    def logits(self, ids_BL: torch.Tensor, g_NV: torch.Tensor | None) -> torch.Tensor:
+        before = ids_BL.roll(1, 1)[ids_BL == self.mask_id]
+        logits_NV = self.table[before.where(before != self.mask_id, 0)]
+        return logits_NV if g_NV is None else logits_NV + g_NV
+
+
+def test_every_token_that_follows_a_known_one_comes_back(tmp_path: Path) -> None:
+    write_heldout(tmp_path / "pairs", rows=200, length=2)
+    assert (reconstruct(Oracle(), NoiseDataset(tmp_path / "pairs"), 500, 1, "random", seed=1) == 1).all()  # type: ignore[arg-type]
+
+
+def test_noise_helps_and_no_noise_guesses(tmp_path: Path) -> None:
+    write_heldout(tmp_path / "rows", rows=100)
+    dataset = NoiseDataset(tmp_path / "rows")
+    with_noise, without = (reconstruct(Oracle(kind), dataset, 99, 4, "random", seed=1).mean() for kind in ("gumbel", "none"))  # type: ignore[arg-type]
+    assert with_noise > without + 0.1
+
+
+def test_sequential_noise_is_the_prior_draw_that_wrote_the_text(tmp_path: Path) -> None:
+    teacher, codec = BigramTeacher(VOCAB), Codec(VOCAB)
+    plan = Plan(identity_of(codec, 2, "sequential"), {}, [{}])
+    plan.write(tmp_path)
+    ids = torch.zeros(50, 2, dtype=torch.int64)
+    g = philox.gumbel(philox.rows(int(plan.identity["seed"]), torch.arange(50), torch.ones(50, dtype=torch.int64)), VOCAB)
+    ids[:, 1] = (next_log_probs(teacher)[0] + g).argmax(1)
+    commit_shard(tmp_path, plan.metadata(0), [rows_of(teacher, plan.metadata(0), ids, torch.full((50,), 2))], 0)
+    Manifest.write(tmp_path, plan)
+    assert (reconstruct(Oracle(), NoiseDataset(tmp_path), 50, 1, "random", seed=1) == 1).all()  # type: ignore[arg-type]
+
+
+def test_rows_shorter_than_the_block_are_left_out(tmp_path: Path) -> None:
+    write_heldout(tmp_path / "rows", rows=20)
+    dataset = NoiseDataset(tmp_path / "rows")
+    assert full_rows(dataset, 500).shape == (19, LENGTH) and full_rows(dataset, 7).shape == (7, LENGTH)
+    assert np.array_equal(full_rows(dataset, 7), full_rows(dataset, 500)[:7])
+
+
+def test_a_dataset_without_noise_or_full_rows_is_refused(tmp_path: Path) -> None:
+    write_heldout(tmp_path / "tokens", extraction="none")
+    with pytest.raises(DatasetError, match=r"no noise \(extraction: none\)"):
+        reconstruct(Oracle(), NoiseDataset(tmp_path / "tokens"), 9, 1, "random", seed=1)  # type: ignore[arg-type]
+    write_heldout(tmp_path / "short", rows=1)
+    with pytest.raises(DatasetError, match="no row fills its block"):
+        full_rows(NoiseDataset(tmp_path / "short"), 9)
