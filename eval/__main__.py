@@ -4,6 +4,7 @@
     python -m eval sample --student runs/demo/students/mdlm --output runs/demo --nfe 4
     python -m eval perplexity --student runs/demo/students/mdlm --output runs/demo --nfe 4 --judge runs/demo/judge
     python -m eval reconstruct --student runs/demo/students/mdlm-gumbel --heldout runs/demo/heldout
+    python -m eval chain --config recipes/demo_chain.yaml
 
 Every finished piece is a file: the same command continues where it was stopped, and is quick when all is there.
 """
@@ -15,9 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eval.chain import ChainConfig
 from eval.config import PerplexityConfig, ReconstructConfig, ReportConfig, SampleConfig
 
-CONFIGS: dict[str, type] = {"report": ReportConfig, "sample": SampleConfig, "perplexity": PerplexityConfig, "reconstruct": ReconstructConfig}
+CONFIGS: dict[str, type] = {
+    "report": ReportConfig,
+    "sample": SampleConfig,
+    "perplexity": PerplexityConfig,
+    "reconstruct": ReconstructConfig,
+    "chain": ChainConfig,
+}
 
 
 def parse(arguments: list[str] | None = None) -> tuple[str, Any]:
@@ -53,6 +61,19 @@ def report(config: ReportConfig) -> None:
     show_report(built, folder)
 
 
+def chain(config: ChainConfig) -> None:
+    """Write chain.json and chain.md, and print the tables."""
+    from eval import chain_page
+    from eval.chain import build
+    from noise.storage import write_json, write_text
+
+    built = build(config)
+    write_json(config.folder / "chain.json", built)
+    write_text(config.folder / "chain.md", chain_page.markdown(built))
+    chain_page.show(built)
+    print(f"table: {config.folder / 'chain.md'}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     from eval import single
 
@@ -63,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
             "sample": single.sample_one,
             "perplexity": single.perplexity_one,
             "reconstruct": single.reconstruct_one,
+            "chain": chain,
         }
         run[command](config)
     except (ValueError, OSError) as error:

@@ -1,0 +1,93 @@
+"""`python -m pipeline tokenizer|plan|extract|verify|inspect --config recipes/demo.yaml [--dotted.override value]`.
+
+Exit codes: 0 done; 1 work that failed (what is committed stays); 2 a recipe, corpus, teacher or dataset that cannot be used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from noise.storage import DatasetError
+from pipeline.config import Recipe, WorkError
+
+COMMANDS = {
+    "tokenizer": "Train the tokenizer on the training documents.",
+    "plan": "Write down what the dataset will be: identity, and which documents make which shard.",
+    "extract": "Make the dataset, or what is missing of it. Plans first where there is no plan.",
+    "verify": "Check a finished dataset: hashes, schema, counts, ranges, and that every kept entry is explained.",
+    "inspect": "Say what a dataset is.",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        command, recipe, options = parse(sys.argv[1:] if arguments is None else arguments)
+        return run(command, recipe, options)
+    except KeyboardInterrupt:
+        return complain("interrupted; run the same command again, it continues where it stopped", 130)
+    except WorkError as error:
+        return complain(str(error), 1)
+    except OSError as error:
+        return complain(f"{error.filename or 'writing'}: {error.strerror or error}; what is committed stays, run again once that is settled", 1)
+    except ValueError as error:
+        return complain(str(error), 2)
+
+
+def complain(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def parse(arguments: list[str]) -> tuple[str, Recipe, dict[str, Any]]:
+    """(command, recipe, the command's own options). Raises ValueError for what the recipe does not have."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog="python -m pipeline", description="Corpus -> teacher -> shards of noise.", exit_on_error=False)
+    commands = parser.add_subcommands(dest="command")
+    for name, text in COMMANDS.items():
+        command = jsonargparse.ArgumentParser(description=text, exit_on_error=False)
+        command.add_argument("--config", action="config", help="Recipe in YAML; what follows on the command line overrides it.")
+        if name in ("verify", "inspect"):
+            command.add_argument("dataset", nargs="?", type=str, help="Folder of the dataset; the recipe's output where it is left out.")
+        if name == "inspect":
+            command.add_argument("--json", action="store_true", help="Print JSON.")
+        command.add_class_arguments(Recipe)
+        commands.add_subcommand(name, command, help=text)
+    try:
+        parsed = parser.parse_args(arguments)
+        values = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    given = values[values.command]
+    recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__})
+    named = {argument.split("=")[0] for argument in arguments}
+    if "--teacher.model" in named and "--tokenizer.path" not in named and recipe.teacher_brings_tokenizer():
+        recipe.tokenizer.path = None
+    return values.command, recipe, {name: given.get(name) for name in ("dataset", "json")}
+
+
+def run(command: str, recipe: Recipe, options: dict[str, Any]) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from pipeline import stages
+
+    dataset = options["dataset"] or recipe.output
+    if command == "tokenizer":
+        stages.make_tokenizer(recipe)
+    elif command == "plan":
+        stages.plan(recipe)
+    elif command == "extract":
+        stages.extract(recipe)
+    elif command == "verify":
+        stages.verify(dataset)
+    else:
+        stages.show(dataset, bool(options["json"]))
+    return 0
+
+
+__all__ = ["DatasetError", "main", "parse"]
+
+if __name__ == "__main__":
+    sys.exit(main())

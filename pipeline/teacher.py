@@ -1,0 +1,156 @@
+"""A Hugging Face causal LM as a source of log-probs.
+
+Weights are safetensors, read from a folder or the hub; code that comes with a model is never run. Log-probs are
+log_softmax(logits / temperature) in float32, for a few positions at a time: [B, L, V] in float32 never exists. Where
+the model's head applied to its hidden states gives its own logits (tried out once, on a few tokens), not even the
+model's own [B, L, V] does.
+
+Equal bits: the same model, micro-batch, dtype, attention, threads, libraries and hardware give the same log-probs.
+Shapes: B rows, L positions, H hidden, N positions with noise, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noise.storage import DatasetError, canonical_json, read_json, sha256_file, sha256_text
+from pipeline import config
+from pipeline.config import HUB_ID
+
+CHUNK_ENTRIES = 2**21
+"""Entries of one chunk of log-probs; a constant, since a matrix product's bits can depend on its shape."""
+MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def locate(teacher: config.Teacher) -> tuple[Path, str | None]:
+    """(folder, commit) of a teacher: itself when it is a folder, else downloaded from the hub at its revision."""
+    if teacher.model is None:
+        raise DatasetError("there is no teacher: set teacher.model to a folder or a hub id, or noise.extraction to none")
+    folder = Path(teacher.model)
+    if folder.is_dir():
+        if teacher.revision is not None:
+            raise DatasetError(f"teacher.revision is {teacher.revision!r}, but {folder} is a local folder, which has no revisions; leave it null")
+        return folder, None
+    if HUB_ID.fullmatch(teacher.model) is None:
+        raise DatasetError(f"teacher.model {teacher.model!r} is neither a folder (working folder {Path.cwd()}) nor a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(teacher.model, revision=teacher.revision, allow_patterns=MODEL_FILES))
+    except Exception as error:  # the hub's client raises errors of several libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DatasetError(f"teacher.model {teacher.model!r} is not a local folder, and the hub did not give it: {reason}") from None
+    return found, found.name
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the names and contents of the safetensors files. Raises DatasetError when there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DatasetError(f"{folder} has no .safetensors weights; save the model with save_pretrained (other formats can run code and are refused)")
+    if len(files) == 1:
+        return sha256_file(files[0])
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def config_hash(folder: Path) -> str:
+    """sha256 of config.json without what does not reach the numbers."""
+    quiet = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+    return sha256_text(canonical_json({name: value for name, value in read_json(folder / "config.json").items() if name not in quiet}))
+
+
+def describe(teacher: config.Teacher) -> tuple[dict[str, Any], int, Path]:
+    """(identity of the teacher, width of its logits, its folder), without loading its weights."""
+    folder, commit = locate(teacher)
+    model = _model(folder, teacher, weights=False)
+    head = model.get_output_embeddings()
+    width = head.weight.shape[0] if head is not None else model.config.get_text_config().vocab_size
+    identity = {
+        "weights_sha256": weights_hash(folder),
+        "config_sha256": config_hash(folder),
+        "revision": commit,
+        "dtype": teacher.dtype,
+        "temperature": teacher.temperature,
+        "attention_across_documents": True,
+    }
+    return identity, int(width), folder
+
+
+def longest_block(folder: Path) -> int | None:
+    """Positions that the model was built for, where it says so."""
+    value = read_json(folder / "config.json")
+    limits = [value[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len") if isinstance(value.get(name), int)]
+    return min(limits, default=None)
+
+
+def _model(folder: Path, teacher: config.Teacher, weights: bool) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    dtype = getattr(torch, teacher.dtype)
+    try:
+        if weights:
+            return AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, attn_implementation=teacher.attention, use_safetensors=True, trust_remote_code=False
+            )
+        settings = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        with torch.device("meta"):
+            automatic: Any = AutoModelForCausalLM
+            return automatic.from_config(settings, dtype=dtype, attn_implementation=teacher.attention, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DatasetError(f"{folder} cannot be loaded as a causal LM ({teacher.dtype}, {teacher.attention} attention): {reason}") from None
+
+
+class Teacher:
+    """A loaded teacher in evaluation mode on one device."""
+
+    def __init__(self, recipe: config.Teacher, vocab_size: int, device: str = "cpu"):
+        """Raises DatasetError when the model cannot be loaded or its logits are not `vocab_size` wide."""
+        self.temperature, self.vocab_size, self.device = recipe.temperature, vocab_size, torch.device(device)
+        self._model = _model(locate(recipe)[0], recipe, weights=True).to(self.device).eval()
+        self._head = self._usable_head()
+
+    @torch.inference_mode()
+    def _usable_head(self) -> Any:
+        """The output embeddings if they make the model's own logits from its hidden states (no scaling or capping after), else None."""
+        probe_BL = torch.arange(min(8, self.vocab_size), device=self.device)[None]
+        logits_BLV = self._model(input_ids=probe_BL, use_cache=False).logits
+        if logits_BLV.shape[-1] != self.vocab_size:
+            raise DatasetError(
+                f"the teacher's logits are {logits_BLV.shape[-1]} wide, the plan says {self.vocab_size}; plan into a new output folder"
+            )
+        head = self._model.get_output_embeddings()
+        if head is None or self._model.base_model is self._model:
+            return None
+        hidden = getattr(self._model.base_model(input_ids=probe_BL, use_cache=False), "last_hidden_state", None)
+        if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
+            return None
+        tolerance = 1e-4 if logits_BLV.dtype == torch.float32 else 2e-2
+        return head if torch.allclose(head(hidden).float(), logits_BLV.float(), rtol=tolerance, atol=tolerance, equal_nan=True) else None
+
+    @torch.inference_mode()
+    def log_probs(self, input_ids_BL: Tensor, at_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(slice of N, log-probs float32 [n, V]) chunk by chunk; `at_N` are flat indices into B L, the log-probs are of the token after each."""
+        input_ids_BL, at_N = input_ids_BL.to(self.device), at_N.to(self.device)
+        if self._head is not None:
+            rows_MX = self._model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state.flatten(0, 1)
+        else:
+            rows_MX = self._model(input_ids=input_ids_BL, use_cache=False).logits.flatten(0, 1)
+        size = max(1, CHUNK_ENTRIES // self.vocab_size)
+        for start in range(0, len(at_N), size):
+            part = slice(start, min(start + size, len(at_N)))
+            chosen = rows_MX[at_N[part]]
+            logits_NV = (self._head(chosen) if self._head is not None else chosen).float()
+            yield part, torch.log_softmax(logits_NV / self.temperature, dim=-1)

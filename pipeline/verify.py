@@ -1,0 +1,103 @@
+"""A finished dataset, checked from the outside in: manifest, then every shard's hash, schema, counts and content.
+
+Every kept entry is redrawn from the noise stream: one that no draw explains is damage. That the realised token wins
+under the decoded noise needs no teacher: a kept entry has log p + g = log(p / (E + p E_0)) < -log E_0, the token's own.
+Costs one pass over the bytes. Shapes: B rows, L block length, N positions with noise, K kept entries.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from noise import philox
+from noise.dataset import TOTALS, Manifest, Plan, Receipt, Totals, differences, open_shard
+from noise.shard import Rows, ShardMetadata, ShardReader
+from noise.sketch import Sketch, dequantise, justified
+from noise.storage import DatasetError
+from pipeline.progress import Progress, say
+from pipeline.tokenizer import tokenizer_hash
+
+
+def verify(folder: Path) -> Manifest:
+    """Raises DatasetError that names the first file that is missing, damaged or not this dataset's."""
+    manifest = Manifest.read(folder)
+    changed = differences(Plan.read(folder).identity, manifest.identity)
+    if changed:
+        raise DatasetError(f"{folder}: plan.json and manifest.json have different identities: {'; '.join(changed)}")
+    special = manifest.identity["tokenizer"]
+    if tokenizer_hash(folder / "tokenizer") != special["sha256"]:
+        raise DatasetError(f"{folder / 'tokenizer'} is not the tokenizer of this dataset: its hash is not the identity's; fetch it again")
+    totals = manifest.totals
+    with Progress("verify", "shards", len(manifest.receipts), totals["bytes"]) as progress:
+        for receipt in manifest.receipts:
+            verify_shard(open_shard(folder, receipt, manifest.identity), receipt, special["bos"])
+            progress.advance(work=receipt.bytes, tokens=receipt.tokens)
+    say(f"verify: {folder} is whole: {totals['rows']:,} rows, {totals['tokens']:,} positions with noise, root hash {manifest.root_hash}")
+    return manifest
+
+
+def verify_shard(reader: ShardReader, receipt: Receipt, bos: int) -> None:
+    metadata, counted, seen = reader.metadata, Totals(reader.metadata), 0
+    ids: list[np.ndarray] = []
+    for rows in reader:
+        check_tokens(reader.path, rows, metadata, seen, bos)
+        check_noise(reader.path, rows, metadata, seen)
+        counted.add(rows)
+        ids.append(rows.sequence_id)
+        seen += len(rows)
+    found = counted.receipt(receipt.file, receipt.sha256, receipt.bytes, receipt.characters_in)
+    for name in TOTALS:
+        if getattr(found, name) != getattr(receipt, name):
+            raise DatasetError(f"{reader.path}: the receipt says {name} {getattr(receipt, name)}, the rows have {getattr(found, name)}")
+    if seen and len(np.unique(np.concatenate(ids))) != seen:
+        raise DatasetError(f"{reader.path}: a sequence_id occurs twice; the noise of two rows would be the same")
+
+
+def check_tokens(path: Path, rows: Rows, metadata: ShardMetadata, seen: int, bos: int) -> None:
+    place_L = np.arange(metadata.block_length)[None]
+    padding_BL = place_L >= rows.length[:, None]
+    _refuse(path, seen, (rows.length < 1) | (rows.length > metadata.block_length), f"length outside 1..{metadata.block_length}")
+    _refuse(path, seen, (rows.input_ids < 0) | (rows.input_ids >= metadata.vocab_size), f"token id outside 0..{metadata.vocab_size - 1}")
+    _refuse(path, seen, rows.input_ids[:, 0] != bos, f"the row does not begin with BOS ({bos})")
+    _refuse(path, seen, padding_BL & (rows.input_ids != 0), "padding is not 0")
+    silent_BL = padding_BL | (place_L == 0) if metadata.extraction == "parallel" else np.ones_like(padding_BL)
+    _refuse(path, seen, silent_BL & (rows.log_prob != 0), "log_prob where there is no noise")
+    _refuse(path, seen, silent_BL & (rows.kept != 0), "kept entries where there is no noise")
+    _refuse(path, seen, ~((rows.log_prob <= 0) & np.isfinite(rows.log_prob)), "log_prob is above 0 or not finite")
+
+
+def check_noise(path: Path, rows: Rows, metadata: ShardMetadata, seen: int) -> None:
+    """Entries in range, ascending, not the token, and each explained by a draw."""
+    position_N = np.flatnonzero(rows.kept)
+    kept_N = rows.kept.reshape(-1)[position_N].astype(np.int64)
+    owner_K = np.repeat(position_N, kept_N)
+    index_K = rows.index.astype(np.int64)
+
+    def refuse(bad_K: np.ndarray, reason: str) -> None:
+        row_K = owner_K // metadata.block_length
+        _refuse(path, seen, np.bincount(row_K[bad_K], minlength=len(rows)) > 0, reason)
+
+    refuse(index_K >= metadata.vocab_size, f"a kept entry is not below {metadata.vocab_size}")
+    follows_K = np.diff(owner_K, prepend=-1) == 0
+    refuse(follows_K & (np.diff(index_K, prepend=-1) <= 0), "kept entries are not ascending within a position")
+    refuse(index_K == rows.input_ids.reshape(-1)[owner_K], "the realised token is among the kept entries")
+    sequence_N = torch.from_numpy(rows.sequence_id.view(np.int64).copy())[torch.from_numpy(position_N // metadata.block_length)]
+    rows_N5 = philox.rows(int(metadata.seed), sequence_N, torch.from_numpy(position_N % metadata.block_length))
+    codes_K = torch.from_numpy(rows.code.astype(np.int64))
+    sketch = Sketch(torch.from_numpy(rows.log_prob.reshape(-1)[position_N]), torch.from_numpy(kept_N), torch.from_numpy(index_K), codes_K)
+    refuse(~justified(sketch, rows_N5, metadata.codec).numpy(), "a kept entry that no draw of the noise stream explains")
+    # probabilities of one position cannot add up to more than 1, however far codes round them up
+    mass = np.bincount(np.repeat(np.arange(len(kept_N)), kept_N), dequantise(codes_K, metadata.codec).numpy(), minlength=len(kept_N))
+    token_p = np.exp(rows.log_prob.reshape(-1)[position_N].astype(np.float64))
+    bad_N = mass * np.exp(-metadata.step) + token_p > 1 + 1e-3
+    _refuse(path, seen, np.bincount(position_N[bad_N] // metadata.block_length, minlength=len(rows)) > 0, "probabilities that add up to more than 1")
+
+
+def _refuse(path: Path, seen: int, bad: np.ndarray, reason: str) -> None:
+    if bad.any():
+        raise DatasetError(
+            f"{path}, row {seen + int(np.argwhere(bad)[0][0])}: {reason}; the shard is damaged, fetch it again or remake it from its plan"
+        )
