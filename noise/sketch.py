@@ -98,6 +98,9 @@ class Sketch:
     code_K: Tensor
     """int64 [K]: floor(-ln p / step), at most the type's maximum."""
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.log_prob_N, self.kept_N, self.index_K, self.code_K
+
 
 def encode(log_probs_NV: Tensor, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> Sketch:
     """Sketch the posterior noise of tokens int64 [N] under float32 log-probs [N, V], for draws 0..R-1 of the given rows.

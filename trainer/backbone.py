@@ -92,9 +92,9 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        for layer in self.layers:  # residual branches start small, as in GPT-2
-            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                nn.init.normal_(projection.weight, std=0.02 / (2 * layers) ** 0.5)
+        for name, parameter in self.named_parameters():  # residual branches start small, as in GPT-2
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5)
 
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         return rotary(length, self.head_width, self.embed_tokens.weight.device)

@@ -22,6 +22,8 @@ from trainer.config import NoiseConfig
 class NoiseInput(nn.Module):
     """softmax(g) through a V x H projection."""
 
+    log_unigram_V: Tensor
+
     def __init__(self, config: NoiseConfig, vocab_size: int, hidden: int):
         super().__init__()
         self.config = config

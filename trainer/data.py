@@ -25,6 +25,7 @@ from noise.sketch import Codec, Sketch, decode, select
 from noise.storage import DatasetError
 
 _ORDER_DRAW = 195
+_ROW_TENSORS = ("input_ids_BL", "length_B", "sequence_id_B", "seed_B", "draw_B", "place_B")
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,8 @@ class Batch:
     """whether any row is shorter than the block"""
 
     def to(self, device: torch.device) -> Batch:
-        def move(value: object) -> object:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        sketch = Sketch(**{name: move(value) for name, value in vars(self.sketch).items()})
-        return Batch(**{**{name: move(value) for name, value in vars(self).items()}, "sketch": sketch})
+        sketch = Sketch(*(tensor.to(device, non_blocking=True) for tensor in self.sketch.tensors()))
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _ROW_TENSORS}, sketch=sketch)
 
     @property
     def valid_BL(self) -> Tensor:
@@ -74,9 +72,8 @@ class Batch:
         parts = []
         for start in range(0, count, rows):
             at = slice(start, start + rows)
-            part = {name: value[at] for name, value in vars(self).items() if isinstance(value, Tensor)}
             sketch = select(self.sketch, torch.arange(start * length, min(start + rows, count) * length))
-            parts.append(replace(self, **part, sketch=sketch))
+            parts.append(replace(self, **{name: getattr(self, name)[at] for name in _ROW_TENSORS}, sketch=sketch))
         return parts
 
     def noise_at(self, where_N: Tensor) -> Tensor:
@@ -209,8 +206,9 @@ def _global_batches(rows: int, seed: int, global_batch: int, place: Place) -> It
     epoch, consumed = place.epoch, place.consumed
     order = epoch_order(rows, seed, epoch)
     while True:
-        taken, epochs = [], []
-        while (missing := global_batch - sum(map(len, taken))) > 0:
+        taken: list[np.ndarray] = []
+        epochs: list[np.ndarray] = []
+        while (missing := global_batch - sum(len(part) for part in taken)) > 0:
             if consumed == rows:
                 epoch, consumed = epoch + 1, 0
                 order = epoch_order(rows, seed, epoch)

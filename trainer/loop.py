@@ -93,12 +93,16 @@ class _Run:
         self.share = optim.global_batch // world.size
         self.micro = optim.micro_batch or self.share
         if self.share % self.micro:
-            raise ValueError(f"optim.global_batch {optim.global_batch} is not processes {world.size} x optim.micro_batch {self.micro} x a whole accumulation")
+            raise ValueError(
+                f"optim.global_batch {optim.global_batch} is not processes {world.size} x optim.micro_batch {self.micro} x a whole accumulation"
+            )
         self.recipe, self.root_hash = recipe_of(config), dataset.manifest.root_hash
         torch.manual_seed(config.seed)
         self.student: Student = build(config.student, dataset.codec.vocab_size, dataset.block_length)
         if dataset.extraction == "none" and config.student.noise.kind == "gumbel":
-            raise ValueError(f"data.path {dataset.folder} has tokens but no noise (extraction: none); set student.noise.kind to none or extract with a teacher")
+            raise ValueError(
+                f"data.path {dataset.folder} has tokens but no noise (extraction: none); set student.noise.kind to none or extract with a teacher"
+            )
         self.heldout = NoiseDataset(config.data.heldout, config.data.check_hashes) if config.data.heldout else None
         self._check_heldout()
         self.started_from = start_from(self.student, Path(config.student.init_from)) if config.student.init_from else []
@@ -106,7 +110,9 @@ class _Run:
         if noise_input is not None and config.student.noise.prior == "unigram":
             noise_input.log_unigram_V.copy_(unigram(dataset))
         self.student.to(world.device)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, foreach=True)
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), weight_decay=optim.weight_decay, foreach=True
+        )
         self.average = AveragedModel(self.student, multi_avg_fn=_average(optim.ema)) if optim.ema else None
         self.step, self.place = 0, Place()
         self._resume()
@@ -172,7 +178,12 @@ class _Run:
                 sums = dict(zip(seen, self.world.sum(list(seen.values())), strict=True))
                 now = time.monotonic()
                 figures = {name: value / tokens for name, value in sums.items()}
-                figures |= {"lr": learning_rate(optim, self.step), "grad_norm": norm, "tokens/s": tokens / (now - since), "waiting": waited / (now - since)}
+                figures |= {
+                    "lr": learning_rate(optim, self.step),
+                    "grad_norm": norm,
+                    "tokens/s": tokens / (now - since),
+                    "waiting": waited / (now - since),
+                }
                 self.metrics.log(self.step, "train", figures)
                 self.metrics.show(self.step, {name: figures[name] for name in (*sums, "tokens/s")})
                 seen, since, waited, tokens = {}, now, 0.0, 0
@@ -204,7 +215,10 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.clip or math.inf)
         if not math.isfinite(float(norm)):
             ids = ", ".join(str(int(number) % 2**64) for number in batch.sequence_id_B[:8])
-            raise ValueError(f"the gradient of step {self.step + 1} is not finite; the batch has sequence ids {ids}, ...; lower optim.lr or look at these rows. The last checkpoint stands.")
+            raise ValueError(
+                f"the gradient of step {self.step + 1} is not finite; the batch has sequence ids {ids}, ...; lower optim.lr or look at these rows. "
+                "The last checkpoint stands."
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -213,10 +227,13 @@ class _Run:
 
     def _forward(self, piece: Batch, chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
         try:
-            return self.model(piece, chance)  # type: ignore[no-any-return]
+            return self.model(piece, chance)
         except torch.OutOfMemoryError:
             smaller = next((size for size in range(self.micro // 2, 0, -1) if self.share % size == 0), 1)
-            raise ValueError(f"out of memory with micro-batches of {self.micro} rows; --optim.micro_batch {smaller} keeps the global batch of {self.config.optim.global_batch}") from None
+            raise ValueError(
+                f"out of memory with micro-batches of {self.micro} rows; --optim.micro_batch {smaller} keeps the global batch of "
+                f"{self.config.optim.global_batch}"
+            ) from None
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         kind = self.world.device.type

@@ -46,7 +46,11 @@ class Metrics:
             return
         elapsed = time.monotonic() - self._started
         left = elapsed / max(1, step - self._first) * (self._steps - step)
-        text = f"{self._name}  step {step}/{self._steps}  " + "  ".join(f"{name} {_short(value)}" for name, value in figures.items()) + f"  left {_clock(left)}"
+        text = (
+            f"{self._name}  step {step}/{self._steps}  "
+            + "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
+            + f"  left {_clock(left)}"
+        )
         live = sys.stderr.isatty()
         print(("\r\x1b[K" if live else "") + text, end="" if live and step < self._steps else "\n", file=sys.stderr, flush=True)
 

@@ -58,4 +58,6 @@ def _rows(count: int, length: int, log_p: torch.Tensor, plan: Plan, shard: int, 
         log_prob[valid.numpy()], kept[valid.numpy()] = sketch.log_prob_N.numpy(), sketch.kept_N.numpy()
         index, code = sketch.index_K.numpy().astype(np.uint16), sketch.code_K.numpy().astype(np.uint8)
     offset = np.concatenate([[0], np.cumsum(kept.sum(1, dtype=np.int64))])
-    return Rows(sequence_id.numpy().astype(np.uint64), ids.numpy().astype(np.int32), lengths.numpy().astype(np.int32), log_prob, kept, index, code, offset)
+    return Rows(
+        sequence_id.numpy().astype(np.uint64), ids.numpy().astype(np.int32), lengths.numpy().astype(np.int32), log_prob, kept, index, code, offset
+    )

@@ -106,7 +106,9 @@ def test_a_finished_run_is_a_student_with_its_provenance_and_running_again_does_
 
 def test_training_makes_the_loss_fall_and_the_probe_sees_that_noise_is_used(data, tmp_path):
     heldout = write_chain(tmp_path / "heldout", rows=60, text_seed=9, seed=78)
-    done = run(tmp_path / "run", data, student__dropout=0.0, optim__steps=150, optim__lr=5e-3, checkpoint_every=0, log_every=10, data__heldout=heldout)
+    done = run(
+        tmp_path / "run", data, student__dropout=0.0, optim__steps=150, optim__lr=5e-3, checkpoint_every=0, log_every=10, data__heldout=heldout
+    )
     assert done.returncode == 0, done.stderr
     losses = [line["train/nelbo"] for line in steps(tmp_path / "run")]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])

@@ -115,7 +115,9 @@ def test_the_independent_control_never_reads_the_datasets_noise(batch):
 
 
 def test_tied_projection_and_readout_cost_no_vocabulary_sized_weights():
-    count = {name: sum(p.numel() for p in build(config(noise=option), V, L).parameters()) for name, option in {"none": NoiseConfig(), **OPTIONS}.items()}
+    count = {
+        name: sum(p.numel() for p in build(config(noise=option), V, L).parameters()) for name, option in {"none": NoiseConfig(), **OPTIONS}.items()
+    }
     assert count["replace"] - count["none"] == V * 16
     assert count["tied"] == count["none"] and count["readout"] == count["none"] + 17
 

@@ -1,8 +1,8 @@
 """The students, one file each, behind one interface.
 
-    student.forward(batch, chance) -> (loss summed over rows, figures)      what the loop calls
-    student.logits(...)                                                     what a sampler calls
-    save_student / load_student                                             a folder: student.json + model.safetensors
+student.forward(batch, chance) -> (loss summed over rows, figures)      what the loop calls
+student.logits(...)                                                     what a sampler calls
+save_student / load_student                                             a folder: student.json + model.safetensors
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def build(config: StudentConfig, vocab_size: int, block_length: int) -> Student:
 
 def save_student(folder: Path, student: Student, weights: dict[str, Tensor], recipe: dict[str, Any], provenance: dict[str, Any]) -> None:
     """Write the student's weights and what it is. An `ar` student becomes a Hugging Face checkpoint as well."""
-    if student.config.kind == "ar":
+    if isinstance(student, AR):
         from trainer.llama import save_llama
 
         save_llama(folder, student, weights)
@@ -60,7 +60,7 @@ def load_student(folder: Path, device: str = "cpu") -> Student:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise DatasetError(f"{folder / 'model.safetensors'} holds another student than student.json says: {reason}") from None
-    student.recipe, student.provenance = about.get("recipe", {}), about.get("provenance", {})  # type: ignore[assignment]
+    student.recipe, student.provenance = about.get("recipe", {}), about.get("provenance", {})
     return student.to(device).eval()
 
 
@@ -102,7 +102,8 @@ def start_from(student: Student, folder: Path) -> list[str]:
                 kept.append(f"{name} {'(not in the checkpoint)' if given is None else f'(shape {tuple(given.shape)}, ours {tuple(tensor.shape)})'}")
     unused = sorted(set(weights) - set(own) - {"lm_head.weight"})
     if not loaded:
-        raise DatasetError(f"{folder}: no tensor fits this student; the first here is {next(iter(weights), 'none')}, ours {next(iter(own))} {tuple(next(iter(own.values())).shape)}")
+        name, tensor = next(iter(own.items()))
+        raise DatasetError(f"{folder}: no tensor fits this student, whose {name} is {tuple(tensor.shape)}; start from a checkpoint of the same width")
     lines = [f"started from {folder}: {len(loaded)} tensors loaded"]
     lines += [f"  kept its initial value: {name}" for name in kept] + [f"  unused there: {name}" for name in unused]
     return lines

@@ -30,7 +30,10 @@ class MDLM(nn.Module):
         self.model = Backbone(vocab_size + 1, config.layers, config.hidden, config.heads, config.mlp, config.dropout)
         noisy = noise.kind != "none"
         if not noisy and (noise.input != "none" or noise.readout):
-            raise ValueError(f"student.noise.kind is none, so student.noise.input ({noise.input}) and readout ({noise.readout}) would be ignored; set kind or drop them")
+            raise ValueError(
+                f"student.noise.kind is none, so student.noise.input ({noise.input}) and readout ({noise.readout}) would be ignored; "
+                "set student.noise.kind, or drop them"
+            )
         if noisy and noise.input == "none" and not noise.readout and not noise.drafts:
             raise ValueError(f"student.noise.kind is {noise.kind}, but no input, readout or draft uses it; set student.noise.input to replace")
         if any(not 1 <= layer <= config.layers for layer in noise.drafts):
