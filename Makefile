@@ -2,21 +2,16 @@
 #
 #   PYTHON=python3.12        which Python (>= 3.11) makes the environment
 #   TORCH_INDEX=URL          where to take torch from, for example a CUDA build's index; empty: wherever pip looks
-#   PROCESSES=2              how many processes train together
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 RUN := runs/demo
-PROCESSES ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed-$(shell { cat constraints.txt pyproject.toml; echo "$(TORCH_INDEX)"; $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)'; } 2>/dev/null | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-TRAIN := $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m trainer
-
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
-export OMP_NUM_THREADS := 1
 
 .PHONY: help install demo test lint constraints clean-demo
 
@@ -39,13 +34,13 @@ demo: $(STAMP)
 	$(BIN)/python -m pipeline tokenizer --config recipes/demo.yaml
 	$(BIN)/python -m pipeline extract --config recipes/demo.yaml --noise.extraction none --output $(RUN)/text
 	$(BIN)/python -m pipeline extract --config recipes/demo.yaml --noise.extraction none --corpus.split held_out --output $(RUN)/text-heldout
-	$(TRAIN) --config recipes/demo_teacher.yaml
-	$(TRAIN) --config recipes/demo_judge.yaml
+	$(BIN)/python -m trainer --config recipes/demo_teacher.yaml
+	$(BIN)/python -m trainer --config recipes/demo_judge.yaml
 	$(BIN)/python -m pipeline extract --config recipes/demo.yaml
 	$(BIN)/python -m pipeline extract --config recipes/demo.yaml --corpus.split held_out --output $(RUN)/heldout
-	$(TRAIN) --config recipes/demo_mdlm.yaml
-	$(TRAIN) --config recipes/demo_mdlm_gumbel.yaml
-	$(TRAIN) --config recipes/demo_mdlm_independent.yaml
+	$(BIN)/python -m trainer --config recipes/demo_mdlm.yaml
+	$(BIN)/python -m trainer --config recipes/demo_mdlm_gumbel.yaml
+	$(BIN)/python -m trainer --config recipes/demo_mdlm_independent.yaml
 	$(BIN)/python -m eval report --config recipes/demo_report.yaml
 
 clean-demo:

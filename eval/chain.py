@@ -6,14 +6,6 @@ every sample set it is known which transitions the teacher allows, and how the j
 
     python -m eval chain --config recipes/demo_chain.yaml
 
-`build` returns what chain.json holds, format version 1:
-
-    settings, truth, teacher     truth is exact; teacher is the same figures of the teacher's own rollouts
-    systems          name -> {noise, parameters, outputs: output -> nfe -> {points: [decoding + figures], matched}}
-                     matched: {valid, position, clamped}: the share of valid transitions where entropy is the teacher's
-    comparisons      [{nfe, system, output, against, difference, above_zero}]: valid shares at matched entropy, subtracted
-
-Figures are {valid, entropy, rollout_prefix, pair_distance}. Intervals are {value, low, high}: 95%, paired bootstrap.
 Every finished piece is a file under the output folder: interrupted at any moment, the same command continues.
 """
 
@@ -30,20 +22,16 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from eval import samples, tables
 from eval.causal import folder_identity
-from eval.frontier import Frontier, Matched, match
-from eval.markov import BOS, MarkovTeacher, write_dataset
-from eval.metrics import Array, Interval, bootstrap_weights, pooled_entropy
-from eval.sampler import Decoding
+from eval.chain_figures import LIMIT, Report, report
+from eval.markov import BOS, ExactMarginals, MarkovTeacher, write_dataset
+from eval.metrics import Array
+from eval.sampler import Decoding, blank_rows, sample
 from eval.study import draw_rows, load_masked, sample_request
 from trainer.config import DataConfig, NoiseConfig, OptimConfig, StudentConfig, TrainConfig
-
-FORMAT_VERSION = 1
-Report = dict[str, Any]
 
 
 @dataclass
@@ -54,10 +42,8 @@ class ChainConfig:
     """Folder of chain.json, chain.md and everything they are made of."""
     systems: dict[str, NoiseConfig]
     """Name -> how that student sees the noise; everything else is shared."""
-    baseline: str = "none"
-    """The system that the others are compared with."""
-    control: str = ""
-    """The system with independent noise; the others are compared with it as well."""
+    against: dict[str, list[str]] = field(default_factory=dict)
+    """System -> the systems that it is compared with: its twin without noise, its control with independent noise. All are compared with the limit."""
     chain: MarkovTeacher = field(default_factory=MarkovTeacher)
     """The teacher."""
     length: int = 16
@@ -90,9 +76,9 @@ class ChainConfig:
     """auto: a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        for name in [self.baseline] + ([self.control] if self.control else []):
-            if name not in self.systems:
-                raise ValueError(f"baseline or control is {name!r}, which is not among the systems: {', '.join(self.systems)}")
+        unknown = [name for line in self.against.items() for name in (line[0], *line[1]) if name not in self.systems]
+        if unknown or not self.systems or LIMIT in self.systems:
+            raise ValueError(f"against names {unknown}; systems are {list(self.systems)}, at least one and none called {LIMIT!r}")
         if self.model.kind != "mdlm" or self.model.noise != NoiseConfig():
             raise ValueError("model must be of kind mdlm and without noise; each of the systems has its own noise")
         if not self.nfe or not 1 <= min(self.nfe) <= max(self.nfe) <= self.length or len(set(self.nfe)) < len(self.nfe):
@@ -118,11 +104,14 @@ class ChainConfig:
             threads=1, log_every=every, eval_every=0, checkpoint_every=every, keep_checkpoints=1, tensorboard=False,
         )  # fmt: skip
 
-    def decodings(self, name: str, output: str) -> list[Decoding]:
+    def decodings(self, output: str) -> list[Decoding]:
         """The points of one output: sampled ones are traced by temperature, argmax by noise temperature."""
         if output == "sample":
             return [Decoding(nfe, temperature=value) for nfe in self.nfe for value in self.temperatures]
         return [Decoding(nfe, noise_temperature=value, output="argmax") for nfe in self.nfe for value in self.noise_temperatures]
+
+    def compared_with(self, name: str) -> list[str]:
+        return [*self.against.get(name, []), LIMIT] if self.systems[name].kind == "gumbel" else self.against.get(name, [])
 
     def outputs(self, name: str) -> list[str]:
         """argmax where a readout makes it the sample; sampling there adds noise twice, and is shown for comparison."""
@@ -140,7 +129,12 @@ def build(config: ChainConfig) -> Report:
             make_system(config, name)
     else:
         _make_all(config, workers)
-    return _Figures(config).report()
+    sets = {
+        (name, output): {decoding: sampled(config, name, decoding) for decoding in config.decodings(output)}
+        for name in config.systems
+        for output in config.outputs(name)
+    }
+    return report(config, sets, {nfe: limit_samples(config, nfe) for nfe in config.nfe})
 
 
 def _make_all(config: ChainConfig, workers: int) -> None:
@@ -184,7 +178,7 @@ def make_system(config: ChainConfig, name: str) -> None:
 
     train(config.training(name))
     for output in config.outputs(name):
-        for decoding in config.decodings(name, output):
+        for decoding in config.decodings(output):
             sampled(config, name, decoding)
 
 
@@ -204,87 +198,13 @@ def sampled(config: ChainConfig, name: str, decoding: Decoding) -> Array:
     return samples.obtain(path, request, config.sequences, 256, draw)
 
 
+def limit_samples(config: ChainConfig, nfe: int) -> Array:
+    """Tokens int32 [S, L] of exact marginals."""
+    limit = ExactMarginals(config.chain, config.length + 1)
+    rows_BL = blank_rows(limit, config.sequences, limit.block_length, BOS)
+    drawn: Array = sample(limit, rows_BL, torch.arange(config.sequences), config.seed, Decoding(nfe)).numpy()
+    return drawn
+
+
 def _device(config: ChainConfig) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-
-
-class _Figures:
-    """Every figure of the report, from samples that exist."""
-
-    def __init__(self, config: ChainConfig):
-        self.config, self.chain = config, config.chain
-        self.weights_RS = bootstrap_weights(config.sequences, config.replicates, config.seed)
-        self.possible_VV, self.joint_VV = (self.chain.transition_VV > 0).numpy(), self.chain.joint_VV.numpy()
-        self.teacher_SL = self.chain.rollout(torch.arange(config.sequences), config.length + 1, config.seed).numpy()
-        self.teacher_entropy_R = self._entropy(self.teacher_SL)
-
-    def report(self) -> Report:
-        config, chain = self.config, self.chain
-        sets = {
-            (name, output): {decoding: sampled(config, name, decoding) for decoding in config.decodings(name, output)}
-            for name in config.systems for output in config.outputs(name)
-        }  # fmt: skip
-        matched = {(*key, nfe): self._match([ids for at, ids in found.items() if at.nfe == nfe]) for key, found in sets.items() for nfe in config.nfe}
-        return {
-            "format_version": FORMAT_VERSION,
-            "settings": asdict(config),
-            "truth": {"entropy": chain.entropy, "entropy_rate": chain.entropy_rate, "valid": 1.0},
-            "teacher": self.figures(self.teacher_SL),
-            "systems": {name: self._system(name, sets, matched) for name in config.systems},
-            "comparisons": self._comparisons(matched),
-        }
-
-    def figures(self, ids_SL: Array) -> dict[str, Any]:
-        """Share of valid transitions, entropy of a token, total variation of the joint of adjacent tokens, and how far the teacher is followed."""
-        same_SL = ids_SL[:, 1:] == self.teacher_SL[:, 1:]
-        return {
-            "valid": asdict(Interval.of(self._valid(ids_SL))),
-            "entropy": asdict(Interval.of(self._entropy(ids_SL))),
-            "rollout_prefix": asdict(Interval.of(self._mean(np.cumprod(same_SL, axis=1).sum(1)))),
-            "pair_distance": pair_distance(ids_SL, self.joint_VV),
-        }
-
-    def _valid(self, ids_SL: Array) -> Array:
-        return self._mean(self.possible_VV[ids_SL[:, 1:-1], ids_SL[:, 2:]].mean(1))
-
-    def _entropy(self, ids_SL: Array) -> Array:
-        return pooled_entropy(ids_SL, np.full(len(ids_SL), ids_SL.shape[1]), self.weights_RS)
-
-    def _mean(self, value_S: Array) -> Array:
-        return np.asarray(self.weights_RS.astype(np.float64) @ value_S / len(value_S))
-
-    def _match(self, points: list[Array]) -> Matched:
-        # the frontier's quality is here the share of valid transitions, where text has a log-perplexity
-        frontier = Frontier(np.stack([self._entropy(ids) for ids in points]), np.stack([self._valid(ids) for ids in points]))
-        return match(frontier, self.teacher_entropy_R)
-
-    def _system(self, name: str, sets: dict[Any, dict[Decoding, Array]], matched: dict[Any, Matched]) -> dict[str, Any]:
-        outputs: dict[str, Any] = {}
-        for output in self.config.outputs(name):
-            outputs[output] = {}
-            for nfe in self.config.nfe:
-                at = matched[name, output, nfe]
-                points = [{**asdict(decoding), **self.figures(ids)} for decoding, ids in sets[name, output].items() if decoding.nfe == nfe]
-                valid = asdict(Interval.of(at.log_perplexity_R))
-                outputs[output][str(nfe)] = {"points": points, "matched": {"valid": valid, "position": at.position, "clamped": at.clamped}}
-        return {"noise": asdict(self.config.systems[name]), "outputs": outputs}
-
-    def _comparisons(self, matched: dict[Any, Matched]) -> list[dict[str, Any]]:
-        config, found = self.config, []
-        for other in [config.baseline] + ([config.control] if config.control else []):
-            for name, output, nfe in matched:
-                if name in (config.baseline, config.control):
-                    continue
-                difference = Interval.of(matched[name, output, nfe].log_perplexity_R - matched[other, "sample", nfe].log_perplexity_R)
-                found.append({
-                    "nfe": nfe, "system": name, "output": output, "against": other,
-                    "difference": asdict(difference), "above_zero": difference.low > 0,
-                })  # fmt: skip
-        return found
-
-
-def pair_distance(ids_SL: Array, joint_VV: Array) -> float:
-    """Total variation between the pooled joint of adjacent tokens after BOS and the true one. Not 0 for a finite exact sample."""
-    width = len(joint_VV)
-    count = np.bincount(ids_SL[:, 1:-1].ravel().astype(np.int64) * width + ids_SL[:, 2:].ravel(), minlength=width * width)
-    return float(np.abs(count.reshape(width, width) / count.sum() - joint_VV).sum() / 2)

@@ -27,6 +27,7 @@ from noise import philox
 from noise.dataset import Manifest, Plan, commit_shard, committed, default_seed
 from noise.shard import FORMAT_VERSION
 from pipeline.extract import rows_with_noise
+from trainer.config import NoiseConfig
 
 CHAIN_DRAW, TEXT_DRAW = philox.SAMPLING_DRAW + 3, philox.SAMPLING_DRAW + 4
 ROWS_PER_SHARD = 4096
@@ -53,7 +54,7 @@ class MarkovTeacher:
         return self.states + 1
 
     @functools.cached_property
-    def transition_VV(self) -> Tensor:
+    def transition(self) -> Tensor:
         """P(next | last), float64; row 0 is the distribution of the first state, column 0 is impossible."""
         state_S = torch.arange(self.states)
         drawn_SV = philox.exponential(philox.words(philox.rows(self.seed, state_S, torch.zeros_like(state_S), CHAIN_DRAW), self.states)).double()
@@ -68,32 +69,32 @@ class MarkovTeacher:
         return p_VV
 
     @functools.cached_property
-    def log_p_VV(self) -> Tensor:
+    def log_p(self) -> Tensor:
         """The teacher's log-probs, float32, exactly as the datasets are made with."""
-        return self.transition_VV.log().float()
+        return self.transition.log().float()
 
     @property
-    def joint_VV(self) -> Tensor:
+    def joint(self) -> Tensor:
         """True joint of two adjacent tokens after BOS, float64."""
-        return self.transition_VV[0][:, None] * self.transition_VV
+        return self.transition[0][:, None] * self.transition
 
     @property
     def entropy(self) -> float:
         """True entropy of a token, nats."""
-        return float(torch.special.entr(self.transition_VV[0]).sum())
+        return float(torch.special.entr(self.transition[0]).sum())
 
     @property
     def entropy_rate(self) -> float:
         """True entropy of a token given the one before, nats."""
-        return float((self.transition_VV[0] * torch.special.entr(self.transition_VV).sum(1)).sum())
+        return float((self.transition[0] * torch.special.entr(self.transition).sum(1)).sum())
 
     def log_probs(self, input_ids_BL: Tensor, at_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Log-probs of the token after each flat position: the interface that extraction has for every teacher."""
-        yield slice(0, len(at_N)), self.log_p_VV[input_ids_BL.flatten()[at_N]]
+        yield slice(0, len(at_N)), self.log_p[input_ids_BL.flatten()[at_N]]
 
     def texts(self, count: int, block_length: int, seed: int, first_sequence: int = 0) -> Tensor:
         """Rows int64 [B, L] of the chain, from the stream: the inverse distribution function at one uniform a position."""
-        cumulative_VV = self.transition_VV.cumsum(1)
+        cumulative_VV = self.transition.cumsum(1)
         ids_BL = torch.full((count, block_length), BOS)
         sequence_id_B = torch.arange(first_sequence, first_sequence + count)
         for position in range(1, block_length):
@@ -107,13 +108,43 @@ class MarkovTeacher:
         ids_BL = torch.full((len(sequence_id_B), block_length), BOS)
         for position in range(1, block_length):
             rows_B5 = philox.rows(seed, sequence_id_B, torch.full_like(sequence_id_B, position), NOISE_DRAW)
-            ids_BL[:, position] = (self.log_p_VV[ids_BL[:, position - 1]] + philox.gumbel(rows_B5, self.vocab_size)).argmax(1)
+            ids_BL[:, position] = (self.log_p[ids_BL[:, position - 1]] + philox.gumbel(rows_B5, self.vocab_size)).argmax(1)
         return ids_BL
 
     def identity(self) -> dict[str, Any]:
         """What a dataset's identity says of its teacher."""
-        digest = hashlib.sha256(self.log_p_VV.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(self.log_p.numpy().tobytes()).hexdigest()
         return {"kind": "exact Markov chain", **asdict(self), "log_probs_sha256": digest, "temperature": 1.0}
+
+
+class ExactMarginals:
+    """What a student without noise becomes however large it is and however long it trains: the exact distribution given what is known.
+
+    It minimises the loss of a masked student; that the tokens of one call are drawn independently is all that is wrong with it.
+    Where earlier calls wrote neighbours that the chain cannot join, no distribution is right, and the left one is followed.
+    """
+
+    def __init__(self, teacher: MarkovTeacher, length: int):
+        self.vocab_size, self.mask_id, self.block_length = teacher.vocab_size, teacher.vocab_size, length
+        self.noise = NoiseConfig()
+        powers = [torch.eye(self.vocab_size, dtype=torch.float64)]
+        for _ in range(length):
+            powers.append(powers[-1] @ teacher.transition)
+        self.power_DVV = torch.stack(powers)
+
+    def logits(self, ids_BL: Tensor, g_NV: Tensor | None) -> Tensor:
+        """log P(x | nearest known token on the left and on the right), up to a constant: float32 [N, V]."""
+        position_L, known_BL = torch.arange(ids_BL.shape[1]), ids_BL != self.mask_id
+        left_BL = torch.where(known_BL, position_L, 0).cummax(1).values
+        right_BL = torch.where(known_BL, position_L, len(position_L)).flip(1).cummin(1).values.flip(1)
+        row_N, at_N = (~known_BL).nonzero(as_tuple=True)
+        left_N, right_N = left_BL[row_N, at_N], right_BL[row_N, at_N]
+        p_NV = self.power_DVV[at_N - left_N, ids_BL[row_N, left_N]]
+        open_N = right_N == len(position_L)  # nothing known on the right
+        token_N = torch.where(open_N, 0, ids_BL[row_N, right_N.clamp_max(len(position_L) - 1)])
+        after_NV = self.power_DVV[torch.where(open_N, 0, right_N - at_N), :, token_N]
+        both_NV = p_NV * torch.where(open_N[:, None], 1.0, after_NV)
+        return torch.where(both_NV.sum(1, keepdim=True) > 0, both_NV, p_NV).log().float()
 
 
 def write_dataset(folder: Path, teacher: MarkovTeacher, rows: int, block_length: int, text_seed: int, draws: int = 1) -> Manifest:

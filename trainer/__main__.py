@@ -32,8 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse(arguments)
     try:
         train(config)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else f"{config.output}: "
+        print(f"error: {where}{error.strerror or error}; the last checkpoint stands, run the same command once that is settled", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

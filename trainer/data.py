@@ -20,7 +20,7 @@ from torch import Tensor
 
 from noise import philox
 from noise.dataset import Manifest, open_shard
-from noise.shard import Rows, ShardReader
+from noise.shard import ROWS_PER_BATCH, Rows, ShardReader
 from noise.sketch import Codec, Sketch, decode, select
 from noise.storage import DatasetError
 
@@ -122,8 +122,7 @@ class NoiseDataset:
         """The rows int64 [B] of the dataset, in that order."""
         shard_B = np.searchsorted(self._starts, row_B, side="right") - 1
         seed_of = {int(number): self._shard(int(number)).seed for number in np.unique(shard_B)}
-        parts = [self._shard(int(shard)).row(int(row - self._starts[shard])) for row, shard in zip(row_B, shard_B, strict=True)]
-        rows = Rows.concatenate(parts)
+        rows = gather([self._shard(int(shard)).row(int(row - self._starts[shard])) for row, shard in zip(row_B, shard_B, strict=True)])
         if rows.input_ids.max(initial=0) >= self.codec.vocab_size or rows.input_ids.min(initial=0) < 0:
             raise DatasetError(f"{self.folder}: rows {row_B.min()}..{row_B.max()} hold token ids outside [0, {self.codec.vocab_size})")
         sketch = Sketch(
@@ -155,11 +154,27 @@ class _OpenShard:
         seed = int(reader.metadata.seed)
         self.seed = seed - 2**64 if seed >= 2**63 else seed
 
-    def row(self, number: int) -> Rows:
-        at, within = divmod(number, 64)
+    def row(self, number: int) -> tuple[Rows, int]:
+        """The record batch that holds the row, and where in it."""
+        at, within = divmod(number, ROWS_PER_BATCH)
         if at not in self._batches:
             self._batches[at] = self._reader.batch(at)
-        return self._batches[at][within : within + 1]
+        return self._batches[at], within
+
+
+def gather(at: list[tuple[Rows, int]]) -> Rows:
+    """Chosen rows of record batches as new arrays, a column at a time."""
+    spans = [(rows, int(rows.offset[i]), int(rows.offset[i + 1])) for rows, i in at]
+    return Rows(
+        np.array([rows.sequence_id[i] for rows, i in at]),
+        np.stack([rows.input_ids[i] for rows, i in at]),
+        np.array([rows.length[i] for rows, i in at]),
+        np.stack([rows.log_prob[i] for rows, i in at]),
+        np.stack([rows.kept[i] for rows, i in at]),
+        np.concatenate([rows.index[start:stop] for rows, start, stop in spans]),
+        np.concatenate([rows.code[start:stop] for rows, start, stop in spans]),
+        np.cumsum([0] + [stop - start for _, start, stop in spans]),
+    )
 
 
 def unigram(dataset: NoiseDataset, rows: int = 4096) -> Tensor:

@@ -8,6 +8,7 @@ resumed. The loss is the sum over rows divided by the global count of valid toke
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shutil
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -52,8 +54,6 @@ def train(config: TrainConfig) -> None:
 
 def recipe_of(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the numbers of a run."""
-    import json
-
     recipe: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return {name: value for name, value in recipe.items() if name not in NOT_IDENTITY}
 
@@ -146,8 +146,6 @@ class _Run:
         config, optim = self.config, self.config.optim
         if self.world.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
-            import yaml
-
             write_text(self.output / "recipe.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
         self.metrics = Metrics(self.output, self.step, optim.steps, config.tensorboard, self.world.rank == 0)
         if not self.step:

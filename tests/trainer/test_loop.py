@@ -1,5 +1,6 @@
 """Whole runs, in real processes: exact resume after any death, any number of processes, clear refusals."""
 
+import errno
 import json
 import os
 import signal
@@ -38,7 +39,7 @@ def command(output: Path, data: Path, launcher: list[str] = ALONE, **changes) ->
 def refuse(capsys, output: Path, data: Path, **changes) -> str:
     """Run in this process; returns the one line of a refusal."""
     status = main(command(output, data, [], **changes))
-    line = capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
     assert status == 1 and line.startswith("error: ")
     return line
 
@@ -150,6 +151,24 @@ def test_noise_is_refused_from_a_dataset_that_has_none_and_unknown_keys_are_erro
     with pytest.raises(SystemExit) as end:
         main(command(tmp_path / "run", tokens, [], optim__learning_rate=1.0))
     assert end.value.code == 2 and "learning_rate" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_with_one_clear_line_and_the_last_checkpoint_stands(data, tmp_path, capsys, monkeypatch):
+    output, fsync, writes = tmp_path / "run", os.fsync, []
+
+    def full(descriptor: int) -> None:
+        writes.append(descriptor)
+        if len(writes) > 12:  # the recipe, two checkpoints of five files, and then no more
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device; the last checkpoint stands" in refuse(capsys, output, data, optim__ema=0.0)
+    monkeypatch.undo()
+    finished = [folder.name for folder in (output / "checkpoints").iterdir() if folder.name.isdigit()]
+    assert finished and all((output / "checkpoints" / name / "state.json").exists() for name in finished)
+    assert main(command(output, data, [], optim__ema=0.0)) == 0
+    assert "resumed at step" in capsys.readouterr().err
 
 
 def test_schedules_warm_up_and_end_where_they_say():

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from noise.philox import gumbel
 from trainer.backbone import Backbone
 from trainer.chance import Chance
 from trainer.conditioning import Draft, NoiseInput, Readout
@@ -106,14 +107,8 @@ class MDLM(nn.Module):
         if self.noise.kind == "none":
             return None
         if self.noise.kind == "independent":
-            return _prior(batch, chance, where_N)
+            rows_N5 = chance.fresh_rows(batch.sequence_id_B[where_N // length], where_N % length)
+            return gumbel(rows_N5, batch.codec.vocab_size)
         if other:
             where_N = (where_N + length) % batch.input_ids_BL.numel()
         return batch.noise_at(where_N)
-
-
-def _prior(batch: Batch, chance: Chance, where_N: Tensor) -> Tensor:
-    from noise.philox import gumbel
-
-    length = batch.input_ids_BL.shape[1]
-    return gumbel(chance.fresh_rows(batch.sequence_id_B[where_N // length], where_N % length), batch.codec.vocab_size)
