@@ -86,23 +86,37 @@ def markdown(chain: Report) -> str:
 
 
 def show(chain: Report) -> None:
-    """The tables on the terminal."""
+    """The two tables by NFE on the terminal, half an interval after the sign; a star where all that the system is compared with is beaten."""
     from rich.console import Console
     from rich.table import Table as RichTable
 
     console = Console()
-    tables = {
-        "Differences (* better with the whole interval)": comparison_table(chain),
-        "Valid transitions at the teacher's entropy": matched_table(chain),
-        "Distance of pairs of adjacent tokens from the truth": distance_table(chain),
+    titles = {
+        "valid": "Valid transitions at the teacher's entropy, higher is better",
+        "distance": "Distance of pairs of adjacent tokens from the truth, lower is better",
     }
-    for title, (head, rows) in tables.items():
-        table = RichTable(title=title)
-        for name in head:
-            table.add_column(name, justify="left" if name in ("system", "output", "against") else "right")
-        for row in rows:
-            table.add_row(*row)
+    for figure, title in titles.items():
+        table = RichTable(title=title, caption="* better than every system it is compared with, with the whole interval")
+        table.add_column("system")
+        for nfe in chain["settings"]["nfe"]:
+            table.add_column(f"NFE {nfe}", justify="right")
+        limit = chain["references"]["limit"].values()
+        table.add_row("no noise, exact", *(_short(at["valid" if figure == "valid" else "pair_distance"]) for at in limit))
+        for name, output, by_nfe in _outputs(chain):
+            cells = [_short(at["matched"]["valid"] if figure == "valid" else at["points"][0]["pair_distance"]) for at in by_nfe.values()]
+            stars = ["*" if _beats_all(chain, name, output, nfe, figure) else "" for nfe in chain["settings"]["nfe"]]
+            table.add_row(name if output == "sample" else f"{name}, {output}", *(cell + star for cell, star in zip(cells, stars, strict=True)))
         console.print(table)
+
+
+def _short(value: dict[str, float]) -> str:
+    return f"{value['value']:.3f}±{(value['high'] - value['low']) / 2:.3f}"
+
+
+def _beats_all(chain: Report, name: str, output: str, nfe: int, figure: str) -> bool:
+    """Whether the system beats all systems it is compared with; the limit is no system."""
+    lines = [at for at in chain["comparisons"] if (at["system"], at["output"], at["nfe"]) == (name, output, nfe) and at["against"] != "limit"]
+    return bool(lines) and all(at["valid"]["low"] > 0 if figure == "valid" else at["distance"]["high"] < 0 for at in lines)
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:

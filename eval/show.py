@@ -13,7 +13,7 @@ from eval.page import interval, matched_row
 
 
 def show_report(report: dict[str, Any], folder: Path) -> None:
-    console = Console()
+    console = _console()
     table = Table(title="Generative perplexity at the entropy of real text (95% interval)")
     table.add_column("system")
     for nfe in report["settings"]["nfe"]:
@@ -33,11 +33,17 @@ def show_report(report: dict[str, Any], folder: Path) -> None:
     console.print(f"report: {folder / 'report.md'}\npicture: {folder / 'report.png'}", highlight=False, soft_wrap=True)
 
 
+def _console() -> Console:
+    """As wide as the terminal; wide enough for the table where there is none (a log, a pipe)."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def show_figures(rows: dict[str, str]) -> None:
     table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    _console().print(table)
 
 
 def show_texts(texts: list[str]) -> None:

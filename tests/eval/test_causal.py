@@ -96,8 +96,8 @@ def test_nan_weights_are_named(folder: Path) -> None:
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"runs/demo/judge does not exist"):
-        model_identity("runs/demo/judge")
+    with pytest.raises(DatasetError, match=r"runs/nobody/judge does not exist"):
+        model_identity("runs/nobody/judge")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match=r"no config.json"):
         CausalLM(str(tmp_path / "empty"))

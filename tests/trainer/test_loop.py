@@ -37,11 +37,11 @@ def command(output: Path, data: Path, launcher: list[str] = ALONE, **changes) ->
 
 
 def refuse(capsys, output: Path, data: Path, **changes) -> str:
-    """Run in this process; returns the one line of a refusal."""
+    """Run in this process; returns the message of a refusal, the last thing that it said."""
     status = main(command(output, data, [], **changes))
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert status == 1 and line.startswith("error: ")
-    return line
+    progress, _, message = capsys.readouterr().err.rpartition("error: ")
+    assert status == 1 and message and "Traceback" not in progress
+    return message
 
 
 def run(*args, **changes) -> subprocess.CompletedProcess[str]:
@@ -105,17 +105,15 @@ def test_a_finished_run_is_a_student_with_its_provenance_and_running_again_does_
     assert (undisturbed / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_training_makes_the_loss_fall_and_the_probe_sees_that_noise_is_used(data, tmp_path):
-    heldout = write_chain(tmp_path / "heldout", rows=60, text_seed=9, seed=78)
-    done = run(
-        tmp_path / "run", data, student__dropout=0.0, optim__steps=150, optim__lr=5e-3, checkpoint_every=0, log_every=10, data__heldout=heldout
-    )
-    assert done.returncode == 0, done.stderr
+def test_training_makes_the_loss_fall_and_the_probe_sees_that_noise_is_used(tmp_path, capsys):
+    data, heldout = write_chain(tmp_path / "data", rows=512), write_chain(tmp_path / "heldout", rows=60, text_seed=9, seed=78)
+    larger = {"student__dropout": 0.0, "student__hidden": 32, "optim__steps": 200, "optim__lr": 1e-2, "optim__global_batch": 64}
+    assert main(command(tmp_path / "run", data, [], checkpoint_every=0, log_every=20, data__heldout=heldout, **larger)) == 0
     losses = [line["train/nelbo"] for line in steps(tmp_path / "run")]
-    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert losses[-1] < 0.6 * losses[0]
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["heldout/nelbo"] < 0.8 * last["heldout/nelbo_other_noise"]
-    assert "no likelihood bound" in done.stderr
+    assert last["heldout/nelbo"] < 0.6 * last["heldout/nelbo_other_noise"]
+    assert "no likelihood bound" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
