@@ -107,7 +107,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on GPUs, float32 on CPU."""
     threads: int = 0
-    """CPU threads of a process; 0: torch's default divided by the local processes."""
+    """CPU threads of all processes on a machine together; 0: one for each core."""
     compile: bool = False
     """torch.compile the backbone's layers."""
     log_every: int = 20

@@ -36,7 +36,7 @@ def start(device: str, threads: int) -> World:
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no GPU; set device to auto or cpu")
     if kind == "cpu":
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, (threads or len(os.sched_getaffinity(0))) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         place = torch.device("cpu")
     else:
         place = torch.device("cuda", local)
