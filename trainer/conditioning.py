@@ -19,6 +19,26 @@ from torch import Tensor, nn
 from trainer.config import NoiseConfig
 
 
+def check(noise: NoiseConfig, layers: int) -> None:
+    """Raises ValueError for options that would be ignored, or name a layer that is not there."""
+    if noise.kind == "none" and (noise.input != "none" or noise.readout):
+        raise ValueError(
+            f"student.noise.kind is none, so student.noise.input ({noise.input}) and readout ({noise.readout}) would be ignored; "
+            "set student.noise.kind, or drop them"
+        )
+    if noise.kind != "none" and noise.input == "none" and not noise.readout and not noise.drafts:
+        raise ValueError(f"student.noise.kind is {noise.kind}, but no input, readout or draft uses it; set student.noise.input to replace")
+    if noise.input == "none" and (noise.projection != "own" or noise.prior != "none"):
+        raise ValueError(
+            f"student.noise.input is none, so student.noise.projection ({noise.projection}) and prior ({noise.prior}) would be ignored; "
+            "set student.noise.input, or drop them"
+        )
+    if noise.draft_restart and not noise.drafts:
+        raise ValueError("student.noise.draft_restart is set, but student.noise.drafts names no layer; name one, or drop it")
+    if len(set(noise.drafts)) < len(noise.drafts) or any(not 1 <= layer <= layers for layer in noise.drafts):
+        raise ValueError(f"student.noise.drafts is {noise.drafts}; name each layer once, of 1..{layers}")
+
+
 class NoiseInput(nn.Module):
     """softmax(g) through a V x H projection."""
 

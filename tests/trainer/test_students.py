@@ -76,6 +76,7 @@ OPTIONS = {
     "unigram": NoiseConfig(kind="gumbel", input="replace", prior="unigram"),
     "readout": NoiseConfig(kind="gumbel", readout=True),
     "drafts": NoiseConfig(kind="gumbel", drafts=[1]),
+    "restart": NoiseConfig(kind="gumbel", drafts=[1], draft_restart=True),
     "everything": EVERYTHING,
 }
 
@@ -127,7 +128,10 @@ def test_tied_projection_and_readout_cost_no_vocabulary_sized_weights():
     [
         (NoiseConfig(kind="none", input="replace"), "would be ignored"),
         (NoiseConfig(kind="gumbel"), "no input, readout or draft uses it"),
-        (NoiseConfig(kind="gumbel", drafts=[3]), r"layers are 1\.\.2"),
+        (NoiseConfig(kind="gumbel", drafts=[3]), r"of 1\.\.2"),
+        (NoiseConfig(kind="gumbel", drafts=[1, 1]), "each layer once"),
+        (NoiseConfig(kind="gumbel", readout=True, prior="unigram"), r"prior \(unigram\) would be ignored"),
+        (NoiseConfig(kind="gumbel", readout=True, draft_restart=True), "names no layer"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(noise, message):

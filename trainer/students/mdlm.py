@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from noise.philox import gumbel
 from trainer.backbone import Backbone
 from trainer.chance import Chance
-from trainer.conditioning import Draft, NoiseInput, Readout
+from trainer.conditioning import Draft, NoiseInput, Readout, check
 from trainer.config import StudentConfig
 from trainer.data import Batch
 
@@ -29,16 +29,8 @@ class MDLM(nn.Module):
         self.vocab_size, self.mask_id, self.block_length = vocab_size, vocab_size, block_length
         self.shift = int(config.shift)
         self.model = Backbone(vocab_size + 1, config.layers, config.hidden, config.heads, config.mlp, config.dropout)
+        check(noise, config.layers)
         noisy = noise.kind != "none"
-        if not noisy and (noise.input != "none" or noise.readout):
-            raise ValueError(
-                f"student.noise.kind is none, so student.noise.input ({noise.input}) and readout ({noise.readout}) would be ignored; "
-                "set student.noise.kind, or drop them"
-            )
-        if noisy and noise.input == "none" and not noise.readout and not noise.drafts:
-            raise ValueError(f"student.noise.kind is {noise.kind}, but no input, readout or draft uses it; set student.noise.input to replace")
-        if any(not 1 <= layer <= config.layers for layer in noise.drafts):
-            raise ValueError(f"student.noise.drafts is {noise.drafts}; layers are 1..{config.layers}")
         self.input = NoiseInput(noise, vocab_size, config.hidden) if noise.input != "none" else None
         self.drafts = nn.ModuleDict({str(layer): Draft(config.hidden, noisy, noise.draft_restart) for layer in noise.drafts})
         self.readout = Readout(config.hidden) if noise.readout else None
