@@ -16,8 +16,9 @@ from trainer.loop import train
 
 def parse(arguments: list[str] | None = None) -> TrainConfig:
     """A recipe with dotted overrides; unknown keys end with a message and status 2."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("--config", action="config", help="A recipe: YAML with the settings below.")
     parser.add_class_arguments(TrainConfig)
@@ -29,7 +30,11 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a refusal or failure with its one line, 2 bad settings, 130 stopped with a checkpoint."""
-    config = parse(arguments)
+    try:
+        config = parse(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         train(config)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Times, masks and fresh noise of training, as a function of (train seed, step, sequence_id, position) alone.
+"""Times, masks and fresh noise of training: functions of (train seed, step) and the place in the global batch, or sequence_id and position.
 
 Nothing here has state, so a resumed run, another world size or another micro-batch sees the same numbers for the same
-row. Word `step` of the stream that (train seed, sequence_id, position) names is used, at draws no dataset or sampler uses.
+row. Block `step` of the stream that (train seed, sequence_id, position) names is used, at draws 192 to 195, which no dataset and no sampler uses.
 """
 
 from __future__ import annotations

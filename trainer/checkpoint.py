@@ -50,7 +50,7 @@ def save(run: Path, state: State, student: nn.Module, average: dict[str, Tensor]
 def checkpoints(run: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     folder = run / "checkpoints"
-    return sorted(path for path in folder.glob("*") if path.name.isdigit()) if folder.exists() else []
+    return sorted((path for path in folder.glob("*") if path.name.isdigit()), key=lambda path: int(path.name)) if folder.exists() else []
 
 
 def read_state(folder: Path) -> State:

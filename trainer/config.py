@@ -88,7 +88,7 @@ class OptimConfig:
     clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
     ema: float = 0.9999
-    """Decay of the averaged weights that are saved as the student; early steps use (1 + step) / (10 + step) if smaller. 0: none."""
+    """Decay of the averaged weights that are saved as the student; step s uses s / (9 + s) where that is smaller. 0: none."""
 
 
 @dataclass
@@ -119,6 +119,17 @@ class TrainConfig:
     checkpoint_every: int = 200
     """Steps between checkpoints; 0: only at the end and on SIGTERM."""
     keep_checkpoints: int = 2
-    """How many checkpoints are kept."""
+    """How many checkpoints are kept; 0: all."""
     tensorboard: bool = True
     """Write TensorBoard events beside the JSONL where tensorboard is installed."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; it must be in [0, 2^64)")
+        for name, value, least in (
+            ("log_every", self.log_every, 1), ("eval_every", self.eval_every, 0), ("eval_rows", self.eval_rows, 1),
+            ("checkpoint_every", self.checkpoint_every, 0), ("keep_checkpoints", self.keep_checkpoints, 0), ("optim.steps", self.optim.steps, 1),
+            ("optim.global_batch", self.optim.global_batch, 1), ("optim.micro_batch", self.optim.micro_batch, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")

@@ -178,8 +178,8 @@ def gather(at: list[tuple[Rows, int]]) -> Rows:
 
 
 def unigram(dataset: NoiseDataset, rows: int = 4096) -> Tensor:
-    """Log unigram of the corpus, float32 [V], add-one smoothed, from the first rows of the dataset."""
-    batch = dataset.batch(np.arange(min(rows, len(dataset))))
+    """Log unigram of the corpus, float32 [V], add-one smoothed, from rows spread evenly over the dataset."""
+    batch = dataset.batch(np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(np.int64))
     count_V = torch.bincount(batch.input_ids_BL[batch.valid_BL], minlength=dataset.codec.vocab_size).to(torch.float64) + 1.0
     return (count_V / count_V.sum()).log().to(torch.float32)
 

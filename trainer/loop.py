@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from noise.compiled import compiled
 from noise.dataset import differences
 from noise.storage import DatasetError, read_json, write_text
 from trainer import checkpoint, distributed
@@ -34,8 +35,10 @@ from trainer.data import Batch, NoiseDataset, Place, batches, unigram
 from trainer.metrics import Metrics
 from trainer.students import Student, build, parameters, save_student, start_from
 
-NOT_IDENTITY = ("device", "threads", "compile", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "eval_every", "eval_rows")
-"""Settings that may change between a run and its resumption."""
+NOT_IDENTITY = (
+    "output", "data", "device", "threads", "compile", "log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints", "tensorboard",
+)  # fmt: skip
+"""Settings that may change between a run and its resumption, and optim.micro_batch; the data are identified by their root hash."""
 
 
 def train(config: TrainConfig) -> None:
@@ -55,6 +58,7 @@ def train(config: TrainConfig) -> None:
 def recipe_of(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the numbers of a run."""
     recipe: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    recipe["optim"].pop("micro_batch")
     return {name: value for name, value in recipe.items() if name not in NOT_IDENTITY}
 
 
@@ -118,15 +122,19 @@ class _Run:
         self._resume()
         if config.compile:
             for layer in self.student.model.layers:
-                layer.compile(dynamic=False)
+                layer.forward = compiled(layer.forward)
         self.model: Any = DistributedDataParallel(self.student) if world.size > 1 else self.student
-        self.stopping = False
+        self.stopping = self.stopped = False  # a signal came; all processes agreed to end early
 
     def _check_heldout(self) -> None:
         if self.heldout is None:
             return
         ours, theirs = self.dataset.manifest.identity, self.heldout.manifest.identity
-        changed = [line for name in ("vocab_size", "block_length", "extraction") for line in differences(ours.get(name), theirs.get(name), name)]
+        changed = [
+            line
+            for name in ("vocab_size", "block_length", "extraction", "tokenizer", "teacher")
+            for line in differences(ours.get(name), theirs.get(name), name)
+        ]
         if changed:
             raise DatasetError(f"data.heldout {self.heldout.folder} does not fit data.path {self.dataset.folder}: " + "; ".join(changed))
 
@@ -155,9 +163,9 @@ class _Run:
             self.metrics.say(f"{self.output.name}: resumed at step {self.step}")
         with self._signals(), contextlib.closing(self.metrics):
             self._steps()
-            if not self.stopping:
+            if not self.stopped:
                 self._finish()
-        if self.stopping:
+        if self.stopped:
             raise KeyboardInterrupt
 
     def _steps(self) -> None:
@@ -191,23 +199,21 @@ class _Run:
             if stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0) or self.step == optim.steps:
                 self._checkpoint()
             if stop and self.step < optim.steps:
-                self.stopping = True
+                self.stopped = True
                 self.metrics.say(f"{self.output.name}: stopped at step {self.step}; the same command continues here")
                 return
-            self.stopping = False
 
     def _one_step(self, batch: Batch, count: float, seen: dict[str, float]) -> float:
         config, optim = self.config, self.config.optim
         chance = Chance(config.seed, self.step + 1, optim.global_batch)
-        torch.manual_seed((config.seed << 32) + self.step * self.world.size + self.world.rank)  # dropout
+        torch.manual_seed((config.seed * 1_000_003 + self.step * self.world.size + self.world.rank) % 2**63)  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(optim, self.step + 1)
         pieces = batch.split(self.micro)
         for number, piece in enumerate(pieces, start=1):
             wait = number < len(pieces) and self.world.size > 1
             with self.model.no_sync() if wait else contextlib.nullcontext(), self._autocast():
-                loss, figures = self._forward(piece.to(self.world.device), chance)
-                (loss * (self.world.size / count)).backward()
+                figures = self._backward(piece.to(self.world.device), chance, self.world.size / count)
             for name, value in figures.items():
                 seen[name] = seen.get(name, 0.0) + float(value)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.clip or math.inf)
@@ -223,15 +229,19 @@ class _Run:
             self.average.update_parameters(self.student)
         return float(norm)
 
-    def _forward(self, piece: Batch, chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, piece: Batch, chance: Chance, scale: float) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; returns its figures."""
+        figures: dict[str, Tensor]
         try:
-            return self.model(piece, chance)
+            loss, figures = self.model(piece, chance)
+            (loss * scale).backward()
         except torch.OutOfMemoryError:
-            smaller = next((size for size in range(self.micro // 2, 0, -1) if self.share % size == 0), 1)
-            raise ValueError(
-                f"out of memory with micro-batches of {self.micro} rows; --optim.micro_batch {smaller} keeps the global batch of "
-                f"{self.config.optim.global_batch}"
-            ) from None
+            smaller = next((size for size in range(self.micro // 2, 0, -1) if self.share % size == 0), 0)
+            way_out = (
+                f"--optim.micro_batch {smaller} keeps the global batch of {self.config.optim.global_batch}" if smaller else "use a smaller student"
+            )
+            raise ValueError(f"out of memory with micro-batches of {self.micro} rows; {way_out}") from None
+        return figures
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         kind = self.world.device.type
@@ -249,14 +259,15 @@ class _Run:
         rows = min(self.config.eval_rows, len(self.heldout))
         chance = Chance(self.config.seed, 0, rows)
         sums: dict[str, float] = {"tokens": 0.0}
-        probes = (False, True) if self.config.student.noise.kind == "gumbel" else (False,)
+        probes = (False, True) if self.config.student.noise.kind == "gumbel" and rows > 1 else (False,)
         for start in range(self.world.rank * self.micro, rows, self.world.size * self.micro):
             at = np.arange(start, min(start + self.micro, rows))
             batch = self.heldout.batch(at, 0, at).to(self.world.device)
             sums["tokens"] += batch.tokens()
             for other in probes:
+                neighbour = self.heldout.batch((at + 1) % rows).to(self.world.device) if other else None
                 with self._autocast():
-                    _, figures = student(batch, chance, other)
+                    _, figures = student(batch, chance, neighbour)
                 for name, value in figures.items():
                     key = name + ("_other_noise" if other else "")
                     sums[key] = sums.get(key, 0.0) + float(value)

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from noise.storage import write_text
+
 
 class Metrics:
-    """Writes on rank 0 only. After a resume, lines past the resumed step are dropped, so no step is reported twice."""
+    """Writes on rank 0 only. After a resume, lines past the resumed step are dropped; the next line averages the steps since the resume."""
 
     def __init__(self, folder: Path, first_step: int, steps: int, tensorboard: bool, active: bool):
         self._active, self._steps, self._first = active, steps, first_step
@@ -21,14 +23,14 @@ class Metrics:
             return
         path = folder / "metrics.jsonl"
         kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 return
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, step: int, group: str, figures: dict[str, float]) -> None:
         """Figures of one step; the group (train, heldout) prefixes their names."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.trainer.chain import write_chain
+from trainer import checkpoint
 from trainer.__main__ import main
 from trainer.config import OptimConfig
 from trainer.loop import learning_rate
@@ -64,6 +66,43 @@ def steps(output: Path) -> list[dict]:
 def weights_equal(a: Path, b: Path) -> bool:
     x, y = load_tensors(a / "model.safetensors"), load_tensors(b / "model.safetensors")
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_a_signal_during_a_checkpoint_stops_the_run_and_is_not_lost(data, tmp_path, capsys, monkeypatch):
+    save = checkpoint.save
+
+    def interrupted(run: Path, state: checkpoint.State, *rest) -> None:
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(run, state, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    assert main(command(tmp_path / "run", data, [])) == 130
+    assert "stopped at step 5" in capsys.readouterr().err and not (tmp_path / "run" / "student.json").exists()
+
+
+def test_checkpoints_are_in_order_past_a_million_steps(tmp_path):
+    for name in ("999800", "1000000", "000200", "1000200.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["000200", "999800", "1000000"]
+
+
+def test_a_resumed_run_may_change_its_micro_batch_and_the_place_of_its_data(data, tmp_path, capsys):
+    output, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(data, moved)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            checkpoint, "save", lambda run, state, *rest, save=checkpoint.save: (save(run, state, *rest), os.kill(os.getpid(), signal.SIGINT))
+        )
+        assert main(command(output, data, [])) == 130
+    assert main(command(output, moved, [], optim__micro_batch=4)) == 0
+    assert "resumed at step" in capsys.readouterr().err
+
+
+def test_the_probe_gives_even_a_single_row_the_noise_of_another(data, tmp_path):
+    assert main(command(tmp_path / "run", data, [], optim__steps=2, data__heldout=data, eval_rows=2, optim__micro_batch=1)) == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["heldout/nelbo"] != last["heldout/nelbo_other_noise"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -149,6 +188,15 @@ def test_noise_is_refused_from_a_dataset_that_has_none_and_unknown_keys_are_erro
     with pytest.raises(SystemExit) as end:
         main(command(tmp_path / "run", tokens, [], optim__learning_rate=1.0))
     assert end.value.code == 2 and "learning_rate" in capsys.readouterr().err
+    assert main(command(tmp_path / "run", tokens, [], log_every=0)) == 2
+    assert "error: log_every is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Peak learning rate." in shown and "Add a learned scale times g to the output logits" in shown
 
 
 def test_a_full_disk_ends_with_one_clear_line_and_the_last_checkpoint_stands(data, tmp_path, capsys, monkeypatch):

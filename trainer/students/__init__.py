@@ -103,7 +103,10 @@ def start_from(student: Student, folder: Path) -> list[str]:
     unused = sorted(set(weights) - set(own) - {"lm_head.weight"})
     if not loaded:
         name, tensor = next(iter(own.items()))
-        raise DatasetError(f"{folder}: no tensor fits this student, whose {name} is {tuple(tensor.shape)}; start from a checkpoint of the same width")
+        raise DatasetError(
+            f"{folder}: no tensor fits this student, whose {name} is {tuple(tensor.shape)}; start from a student, or a Llama-family checkpoint, "
+            "of the same width"
+        )
     lines = [f"started from {folder}: {len(loaded)} tensors loaded"]
     lines += [f"  kept its initial value: {name}" for name in kept] + [f"  unused there: {name}" for name in unused]
     return lines

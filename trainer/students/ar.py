@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from trainer.backbone import Backbone
 from trainer.chance import Chance
-from trainer.config import StudentConfig
+from trainer.config import NoiseConfig, StudentConfig
 from trainer.data import Batch
 
 
 class AR(nn.Module):
     def __init__(self, config: StudentConfig, vocab_size: int, block_length: int):
         super().__init__()
-        if config.noise.kind != "none" or config.noise.drafts or config.shift:
+        if config.noise != NoiseConfig() or config.shift:
             raise ValueError("student.kind ar takes no noise, drafts or shift; drop student.noise and student.shift")
         self.config, self.noise = config, config.noise
         self.vocab_size, self.mask_id, self.block_length = vocab_size, None, block_length
@@ -34,7 +34,7 @@ class AR(nn.Module):
             x_BLH = layer(x_BLH, cos_LD, sin_LD, True, None)
         return x_BLH
 
-    def forward(self, batch: Batch, chance: Chance, other_noise: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, chance: Chance, noise_of: Batch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The negative log-likelihood summed over rows, nats. Padding comes last, so causal attention never sees it."""
         valid_BL = batch.valid_BL[:, 1:]
         logits_NV = self.model.head(self._hidden(batch.input_ids_BL[:, :-1])[valid_BL], self.vocab_size)

@@ -32,7 +32,7 @@ class MDLM(nn.Module):
         check(noise, config.layers)
         noisy = noise.kind != "none"
         self.input = NoiseInput(noise, vocab_size, config.hidden) if noise.input != "none" else None
-        self.drafts = nn.ModuleDict({str(layer): Draft(config.hidden, noisy, noise.draft_restart) for layer in noise.drafts})
+        self.drafts = nn.ModuleDict({str(layer): Draft(config.hidden, noisy, noise.draft_restart) for layer in sorted(noise.drafts)})
         self.readout = Readout(config.hidden) if noise.readout else None
 
     def logits(self, ids_BL: Tensor, g_NV: Tensor | None = None, length_B: Tensor | None = None) -> Tensor:
@@ -70,14 +70,14 @@ class MDLM(nn.Module):
             logits_NV = self.readout(logits_NV, at_NH, g_NV)
         return logits_NV, drafts
 
-    def forward(self, batch: Batch, chance: Chance, other_noise: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss summed over rows, nats, and figures (sums) to log. `other_noise` gives each row another row's noise: the probe."""
+    def forward(self, batch: Batch, chance: Chance, noise_of: Batch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss summed over rows, nats, and figures (sums) to log. `noise_of` gives each row the noise of another batch's row: the probe."""
         t_B = chance.times(batch.place_B)
         masked_BL = chance.masked(batch.sequence_id_B, t_B, batch.input_ids_BL.shape[1]) & batch.valid_BL
         where_N = masked_BL.flatten().nonzero()[:, 0]
         logits_NV, drafts = self.predict(
             batch.input_ids_BL.masked_fill(masked_BL, self.mask_id),
-            self._noise(batch, chance, where_N, other_noise),
+            self._noise(batch, chance, where_N, noise_of),
             batch.length_B if batch.padded else None,
         )
         weight_N = (1.0 / t_B)[where_N // batch.input_ids_BL.shape[1]]
@@ -94,13 +94,11 @@ class MDLM(nn.Module):
             figures[f"draft_{number}"] = draft.detach()
         return loss, figures
 
-    def _noise(self, batch: Batch, chance: Chance, where_N: Tensor, other: bool) -> Tensor | None:
+    def _noise(self, batch: Batch, chance: Chance, where_N: Tensor, noise_of: Batch | None) -> Tensor | None:
         length = batch.input_ids_BL.shape[1]
         if self.noise.kind == "none":
             return None
         if self.noise.kind == "independent":
             rows_N5 = chance.fresh_rows(batch.sequence_id_B[where_N // length], where_N % length)
             return gumbel(rows_N5, batch.codec.vocab_size)
-        if other:
-            where_N = (where_N + length) % batch.input_ids_BL.numel()
-        return batch.noise_at(where_N)
+        return (noise_of or batch).noise_at(where_N)
