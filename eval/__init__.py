@@ -8,9 +8,9 @@ The data flow of this room, one file each:
     judge        tokens -> negative log-likelihoods under a causal LM that is not the teacher
     metrics      tokens and likelihoods -> perplexity, entropy, distinct-n, with bootstrap intervals
     frontier     perplexity against entropy -> perplexity at the entropy of real text, and ratios between systems
-    heldout      a held-out dataset -> real rows and the posterior noise that a teacher left for them
     reconstruct  posterior noise of held-out rows -> how much of the text comes back
     chain        the same comparison where the truth is known: an exact Markov teacher (markov; chain_figures and chain_page show it)
+    study        the pieces of a report: which there are, which are there already, and how each is made
     report       all of it for several students -> report.json; page and plot make report.md and report.png of it
 
 Perplexity can be bought with entropy, so no system is a point: each is traced, and compared at matched entropy.

@@ -142,7 +142,12 @@ def moved(log_probs_NV: Tensor, token_N: Tensor, rows_N5: Tensor, inverse_c: flo
 
 
 def _threshold(y: Tensor) -> Tensor:
-    return (torch.expm1(-y) * -(2.0**32 * (1 + 2.0**-20)) - 0.5).ceil().clamp_max(2.0**32).to(torch.int64)
+    # not torch.expm1: compiled for CPU vectors it is exp(x) - 1 (torch 2.13), which loses a small y and with it the bound
+    series = torch.ones_like(y)
+    for term in range(8, 1, -1):
+        series = 1 - series * y * (1 / term)
+    below_one = torch.where(y < 0.5, y * series, 1 - torch.exp(-y))  # 1 - e^-y, within 2^-21 of itself
+    return (below_one * (2.0**32 * (1 + 2.0**-20)) - 0.5).ceil().clamp_max(2.0**32).to(torch.int64)
 
 
 def quantise(log_prob_K: Tensor, codec: Codec) -> Tensor:

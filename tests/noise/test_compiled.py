@@ -47,6 +47,21 @@ print(json.dumps({
 }))
 """
 
+THRESHOLDS = """
+import json, torch
+from noise import compiled, sketch
+torch.set_num_threads(1)
+
+threshold = compiled.compiled(sketch._threshold)
+y_K = torch.cat([torch.logspace(-9, 1.2, 2**16, dtype=torch.float64).float(), torch.zeros(16)])
+exact_K = (-torch.expm1(-y_K.double()) * 2**32).clamp_max(2.0**32)
+
+def beside_exact(found_K):
+    return [float(((found_K.clamp_max(2**32) + 0.5) / exact_K)[:-16].min()), float(((found_K - 0.5) / exact_K)[:-16].max()), int(found_K[-16:].max())]
+
+print(json.dumps({"compiled": beside_exact(threshold(y_K)), "eager": beside_exact(sketch._threshold(y_K)), "works": not compiled._broken}))
+"""
+
 WITHOUT_COMPILER = """
 import json, torch, warnings
 from noise import philox
@@ -78,6 +93,17 @@ def test_compiled_words_equal_eager_words() -> None:
     assert result["words"] and result["uniforms"]
     assert float(str(result["ulps"])) <= 2
     assert result["kept differ"] == 0
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler on this machine")
+def test_thresholds_are_never_too_low_even_for_the_smallest_probabilities() -> None:
+    """A threshold below 1 - e^-y drops an entry that must be kept; one far above keeps an entry that `verify` takes for damage."""
+    result = run(THRESHOLDS)
+    if not result["works"]:
+        pytest.skip("torch.compile does not work on this machine")
+    for way in ("compiled", "eager"):
+        least, greatest, of_zero = result[way]  # type: ignore[misc]
+        assert least >= 1 and greatest <= 1 + 2.0**-19 and of_zero == 0, way
 
 
 def test_without_a_compiler_there_is_one_warning_and_the_same_noise(tmp_path: Path) -> None:
