@@ -33,7 +33,7 @@ from benchmarks.teachers import Distributions
 from noise import philox
 from noise.compiled import compiled
 from noise.posterior import posterior_gumbel
-from noise.shard import FORMAT_VERSION, ROWS_PER_BATCH, Rows, ShardMetadata, ShardReader, ShardWriter
+from noise.shard import FORMAT_VERSION, ROWS_PER_BATCH, Layout, Rows, ShardMetadata, ShardReader, ShardWriter
 from noise.sketch import Codec, Sketch, decode, encode, select
 from noise.storage import DatasetError
 
@@ -79,13 +79,25 @@ class Config:
 
 
 def format_bytes(codec: Codec, kept: float, block_length: int) -> float:
-    """Bytes a position with noise by arithmetic from format version 1: columns and list offsets, without Arrow's headers.
+    """Bytes a position with noise by arithmetic from the format: columns and list offsets, without Arrow's headers.
 
-    Ids 4, log-probs 4 and counts 2 at each of L positions, sequence_id 8, length 4 and two offsets of 8 a row (one more
-    in each record batch of 64), and the kept entries; L - 1 positions of a row have noise.
+    At each of L positions an id, a log-prob of 4 and a count; a row's sequence_id 8, length 4 and an offset of 8 for each of its
+    lists (one more in each record batch of 64); and the kept entries. L - 1 positions of a row have noise.
     """
-    row = 10 * block_length + 8 + 4 + 16 * (1 + 1 / ROWS_PER_BATCH)
-    return row / (block_length - 1) + kept * (codec.index_bytes + codec.code_bytes)
+    layout = Layout.of(metadata_of(codec, block_length))
+    position = 4 + (layout.input_ids.bit_width + layout.kept.bit_width) // 8
+    row = position * block_length + 8 + 4 + 8 * len(layout.entries) * (1 + 1 / ROWS_PER_BATCH)
+    return row / (block_length - 1) + kept * entry_bytes(codec)
+
+
+def entry_bytes(codec: Codec) -> int:
+    """Of one kept entry."""
+    return sum(kind.bit_width for kind in Layout.of(metadata_of(codec, 2)).entries.values()) // 8
+
+
+def metadata_of(codec: Codec, block_length: int, seed: int = 1) -> ShardMetadata:
+    """A shard of the current format, of no dataset."""
+    return ShardMetadata(FORMAT_VERSION, str(seed), codec.epsilon, codec.step, codec.draws, codec.vocab_size, block_length, "parallel", 0, "0" * 64)
 
 
 def measure(source: Distributions, config: Config) -> Figures:
@@ -159,7 +171,7 @@ def _sketched(
     figures: Figures = {
         "codec": "sketch", "epsilon": codec.epsilon, "draws": codec.draws, "bytes": size,
         "format_bytes": format_bytes(codec, kept, config.block_length), "kept": kept, "expected_kept": expected / count,
-        "bound_kept": codec.expected_kept_bound, "entry_bytes": kept * (codec.index_bytes + codec.code_bytes), "ideal_bits": ideal,
+        "bound_kept": codec.expected_kept_bound, "entry_bytes": kept * entry_bytes(codec), "ideal_bits": ideal,
     }  # fmt: skip
     at_N = torch.arange(count)
     return figures, lambda part: decode(select(stored, at_N[part]), source.token_N[part], places_N5[part], codec)
@@ -182,15 +194,11 @@ def write_shard(path: Path, sketch: Sketch, token_N: Tensor, codec: Codec, confi
         np.full(len(kept_BL), config.block_length, np.int32),
         column(whole.log_prob_N, "float32"),
         kept_BL,
-        whole.index_K.numpy().astype(f"uint{8 * codec.index_bytes}"),
-        whole.code_K.numpy().astype(f"uint{8 * codec.code_bytes}"),
+        (whole.index_K.numpy().astype(f"uint{8 * codec.index_bytes}"), whole.code_K.numpy().astype(f"uint{8 * codec.code_bytes}")),
         np.concatenate([[0], np.cumsum(kept_BL.sum(1, dtype=np.int64))]),
     )
-    metadata = ShardMetadata(
-        FORMAT_VERSION, str(config.seed), codec.epsilon, codec.step, codec.draws, codec.vocab_size, config.block_length, "parallel", 0, "0" * 64
-    )
     with path.open("wb") as file:
-        writer = ShardWriter(file, metadata)
+        writer = ShardWriter(file, metadata_of(codec, config.block_length, config.seed))
         writer.add(rows)
         writer.close()
     return path.stat().st_size / total

@@ -88,7 +88,7 @@ class MarkovTeacher:
         """True entropy of a token given the one before, nats."""
         return float((self.transition[0] * torch.special.entr(self.transition).sum(1)).sum())
 
-    def log_probs(self, input_ids_BL: Tensor, at_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def scores(self, input_ids_BL: Tensor, at_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Log-probs of the token after each flat position: the interface that extraction has for every teacher."""
         yield slice(0, len(at_N)), self.log_p[input_ids_BL.flatten()[at_N]]
 

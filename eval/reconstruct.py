@@ -2,7 +2,7 @@
 
 The direct measure of the method: the noise determines the text under the teacher, so a student that had learnt the map
 would return all of it in one call. The output is the student's most likely token. Noise that says nothing, or a student
-that ignores it, scores what the unigram allows. Rows shorter than the block are left out.
+that ignores it, scores what the unigram allows. Rows shorter than the block are left out; prompts stay as they are given.
 Shapes: B rows, L positions, M masked positions.
 """
 
@@ -64,11 +64,11 @@ def reconstruct(
     shares = []
     for batch in batches(dataset, rows):
         batch = batch.to(torch.device(device))
-        ids_BL = batch.input_ids_BL.clone()
-        ids_BL[:, 1:] = student.mask_id
+        valid_BL = batch.valid_BL
+        ids_BL = batch.input_ids_BL.masked_fill(valid_BL, student.mask_id)
         where_M = (ids_BL == student.mask_id).flatten().nonzero()[:, 0]
         g_MV = batch.noise_at(where_M) if student.noise.kind != "none" else None
         returned_BL = sample(student, ids_BL, batch.sequence_id_B, seed, decoding, g_MV)
-        shares.append((returned_BL == batch.input_ids_BL)[:, 1:].double().mean(1).cpu().numpy())
+        shares.append((((returned_BL == batch.input_ids_BL) & valid_BL).sum(1).double() / valid_BL.sum(1)).cpu().numpy())
         done(len(ids_BL))
     return np.concatenate(shares)

@@ -5,6 +5,7 @@ The data flow of this room, one file each:
     philox      the counter-based stream: (seed, sequence, position, draw) -> exponentials E, equal on every device
     posterior   Algorithm 1 of the paper in exponential space: log-probs and a token -> the noise that chose it
     sketch      the epsilon-sketch: the few entries the teacher moved -> kept entries, and back to dense noise
+    estimate    kept entries -> the teacher's cross-entropy for token-level distillation, without bias
     shard       kept entries and tokens -> one Arrow file, memory-mapped on the way back
     dataset     identity, plan, receipts, manifest: what makes a folder of shards a dataset
     storage     atomic writes and hashes

@@ -1,6 +1,6 @@
-"""`torch.compile` where it works, the same function eager where it does not.
+"""Machine code where it can be had: numba for tensors on a CPU, `torch.compile` elsewhere, the same function eager where that fails.
 
-Contract: a decorated function returns the same bits either way for integers; float results agree within 2 ulp.
+Contract: a compiled function returns the same bits either way for integers; float results agree within 2 ulp.
 A missing C++ compiler or Python headers cost speed, never function: the first failure warns once and falls back.
 `TORCHDYNAMO_DISABLE=1` keeps everything eager.
 """
@@ -10,12 +10,24 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@functools.cache
+def native() -> ModuleType | None:
+    """noise.native, or None where numba is not installed."""
+    try:
+        from noise import native
+    except ImportError:
+        return None
+    return native
+
 
 _broken: list[str] = []  # why compilation failed in this process; empty while it works
 

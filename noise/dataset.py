@@ -10,20 +10,32 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from noise.shard import EXTRACTIONS, FORMAT_VERSION, Rows, ShardMetadata, ShardReader, ShardWriter
+from noise.shard import EXTRACTIONS, Rows, ShardMetadata, ShardReader, ShardWriter, check_version
 from noise.sketch import Codec
 from noise.storage import DatasetError, canonical_json, checked_fields, read_json, sha256_file, sha256_text, temporary_name, write_json
 
 Identity = dict[str, Any]
 CODEC_FIELDS = ("format_version", "vocab_size", "block_length", "extraction", "seed", "epsilon", "draws")
 """Identity fields that every reader needs; the others describe where the numbers came from."""
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A planned row that is not in its shard, since it could not be encoded."""
+
+    row: int
+    """Its number in the shard; the others keep theirs, so nothing else changes."""
+    tokens: int
+    """Tokens in it, BOS and padding not counted."""
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -45,13 +57,59 @@ class Receipt:
     """-sum of log_prob, nats."""
     characters_in: int
     """Characters of corpus read for this shard; 0 when sequential."""
+    tokens_dropped: int = 0
+    """Tokens of the corpus that packing left out, as the identity says it may; absent from the file where it is 0."""
+    quarantined: tuple[Quarantined, ...] = ()
+    """Rows that are not in the shard though the plan has them; absent from the file where there are none."""
+
+    @property
+    def rows_quarantined(self) -> int:
+        return len(self.quarantined)
+
+    @property
+    def tokens_quarantined(self) -> int:
+        return sum(row.tokens for row in self.quarantined)
+
+    def to_json(self) -> dict[str, Any]:
+        value = asdict(self)
+        return {name: value[name] for name in value if value[name] or name not in ("tokens_dropped", "quarantined")}
 
 
-TOTALS = tuple(field.name for field in fields(Receipt) if field.type in ("int", "float") and field.name != "shard")
+OPTIONAL = ("tokens_dropped", "rows_quarantined", "tokens_quarantined")
+"""Totals that are left out where they are 0."""
+TOTALS = tuple(field.name for field in fields(Receipt) if field.type in ("int", "float") and field.name not in ("shard", "tokens_dropped"))
 
 
 def identity_hash(identity: Identity) -> str:
     return sha256_text(canonical_json(identity))
+
+
+def parts(identity: Identity) -> list[Identity]:
+    """The identities that a dataset's shards carry, in shard order: a grown dataset's parents, or its own."""
+    return identity.get("parents") or [identity]
+
+
+def grows_from(identity: Identity, older: Identity) -> bool:
+    """Whether the shards of an older state of the dataset are the first of this one's."""
+    ours, theirs = parts(identity), parts(older)
+    return len(ours) > len(theirs) and ours[: len(theirs)] == theirs
+
+
+Owners = list[tuple[int, str]]
+"""(first shard that is not its own any more, identity hash) of each part of a dataset."""
+
+
+def owners(identity: Identity) -> Owners:
+    """Whose shard is whose. The last part reaches to the end; of a grown dataset each says how many shards it has."""
+    found, stop = [], 0
+    for part in parts(identity)[:-1]:
+        stop += part["shards"]["count"]
+        found.append((stop, identity_hash(part)))
+    return [*found, (2**62, identity_hash(parts(identity)[-1]))]
+
+
+def _owner(of: Owners, shard: int) -> str:
+    return next(name for stop, name in of if shard < stop)
 
 
 def default_seed(identity: Identity) -> int:
@@ -95,18 +153,28 @@ class Plan:
     def metadata(self, shard: int) -> ShardMetadata:
         codec = Codec(self.identity["vocab_size"], self.identity["epsilon"], self.identity["draws"])
         values = {name: self.identity[name] for name in CODEC_FIELDS}
-        return ShardMetadata(**values, step=codec.step, shard=shard, identity_hash=identity_hash(self.identity))
+        compression = self.identity.get("compression", "none")
+        return ShardMetadata(**values, step=codec.step, shard=shard, identity_hash=_owner(self._owners, shard), compression=compression)
+
+    @functools.cached_property
+    def _owners(self) -> Owners:
+        return owners(self.identity)
 
     def write(self, folder: Path) -> None:
-        """Write plan.json; raises DatasetError, by field, if the folder holds a plan of another identity."""
+        """Write plan.json, also over the plan of a dataset that this one grows from.
+
+        Raises DatasetError, by field, if the folder holds a plan of another identity.
+        """
         if (folder / "plan.json").exists():
-            changed = differences(self.identity, Plan.read(folder).identity)
-            if changed:
-                lines = "\n  ".join(changed)
+            standing = Plan.read(folder).identity
+            changed = differences(self.identity, standing)
+            if not changed:
+                return
+            if not grows_from(self.identity, standing):
+                lines = "\n  ".join(changed[:20] + [f"and {len(changed) - 20} more"] * (len(changed) > 20))
                 raise DatasetError(
                     f"{folder} already holds a dataset of another identity:\n  {lines}\nchoose another output folder, or restore what changed"
                 )
-            return
         write_json(folder / "plan.json", {"identity_hash": identity_hash(self.identity), **asdict(self)})
 
     @classmethod
@@ -123,8 +191,7 @@ def check_identity(value: dict[str, Any], path: Path) -> Identity:
     identity = value.get("identity")
     if not isinstance(identity, dict):
         raise DatasetError(f"{path} has no identity")
-    if identity.get("format_version") != FORMAT_VERSION:
-        raise DatasetError(f"{path} has format version {identity.get('format_version')}; this code reads version {FORMAT_VERSION}")
+    check_version(identity.get("format_version"), str(path))
     missing = [name for name in CODEC_FIELDS if name not in identity]
     if missing:
         raise DatasetError(f"{path}: the identity lacks {', '.join(missing)}")
@@ -150,12 +217,19 @@ def read_receipt(path: Path) -> Receipt:
 def _receipt(value: Any, name: str) -> Receipt:
     if not isinstance(value, dict):
         raise DatasetError(f"{name}: a receipt is not a JSON object")
-    receipt = Receipt(**checked_fields(Receipt, value, name))
+    receipt = Receipt(**checked_fields(Receipt, {"tokens_dropped": 0} | value, name, beside=("quarantined",)), quarantined=_quarantined(value, name))
     if receipt.file != shard_name(receipt.shard):
         raise DatasetError(f"{name}: receipt of shard {receipt.shard} names the file {receipt.file!r}")
     if not re.fullmatch("[0-9a-f]{64}", receipt.sha256):
         raise DatasetError(f"{name}: sha256 is {_brief(receipt.sha256)}, expected 64 hexadecimal digits")
     return receipt
+
+
+def _quarantined(value: dict[str, Any], name: str) -> tuple[Quarantined, ...]:
+    found = value.get("quarantined", [])
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise DatasetError(f"{name}: quarantined is {_brief(found)}, expected a list of rows")
+    return tuple(Quarantined(**checked_fields(Quarantined, row, f"{name}: a quarantined row")) for row in found)
 
 
 def committed(folder: Path) -> dict[int, Receipt]:
@@ -167,10 +241,18 @@ def committed(folder: Path) -> dict[int, Receipt]:
     return {receipt.shard: receipt for receipt in found.values()}
 
 
-def commit_shard(folder: Path, metadata: ShardMetadata, rows: Iterable[Rows], characters_in: int) -> Receipt:
+def commit_shard(
+    folder: Path,
+    metadata: ShardMetadata,
+    rows: Iterable[Rows],
+    characters_in: int,
+    tokens_dropped: int = 0,
+    quarantined: Sequence[Quarantined] = (),
+) -> Receipt:
     """Write one shard under a temporary name, then commit it: the file's rename, then its receipt.
 
     A receipt that is there already wins, and this writer's own work is discarded. Returns the receipt that stands.
+    `quarantined` is read when all rows have been: what makes the rows may add to it.
     """
     path, done = folder / "shards" / shard_name(metadata.shard), receipt_path(folder, metadata.shard)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,12 +268,13 @@ def commit_shard(folder: Path, metadata: ShardMetadata, rows: Iterable[Rows], ch
             file.flush()
             os.fsync(file.fileno())
         receipt = totals.receipt(path.name, sha256_file(temporary), temporary.stat().st_size, characters_in)
+        receipt = replace(receipt, tokens_dropped=tokens_dropped, quarantined=tuple(quarantined))
         if done.exists():
             return read_receipt(done)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    write_json(done, asdict(receipt))
+    write_json(done, receipt.to_json())
     return receipt
 
 
@@ -205,9 +288,8 @@ class Totals:
 
     def add(self, rows: Rows) -> None:
         self.rows += len(rows)
-        if self._metadata.extraction != "none":
-            self.tokens += int(rows.length.sum(dtype="int64")) - len(rows)
-        self.kept += len(rows.index)
+        self.tokens += int(rows.has_noise(self._metadata.extraction).sum())
+        self.kept += len(rows.entries[0])
         self.saturated += int((rows.code == self._largest_code).sum())
         for row in rows.log_prob:  # row by row, so that the sum does not depend on how rows were grouped
             self.nll_sum -= float(row.sum(dtype="float64"))
@@ -226,7 +308,16 @@ class Manifest:
 
     @property
     def totals(self) -> dict[str, Any]:
-        return {name: sum(getattr(receipt, name) for receipt in self.receipts) for name in TOTALS}
+        totals = {name: sum(getattr(receipt, name) for receipt in self.receipts) for name in TOTALS + OPTIONAL}
+        return {name: total for name, total in totals.items() if total or name not in OPTIONAL}
+
+    @functools.cached_property
+    def _owners(self) -> Owners:
+        return owners(self.identity)
+
+    def open(self, folder: Path, receipt: Receipt, check_hash: bool = True) -> ShardReader:
+        """As `open_shard`; the identity, which can name 100,000 files, is hashed once."""
+        return _open_shard(folder, receipt, _owner(self._owners, receipt.shard), check_hash)
 
     @classmethod
     def write(cls, folder: Path, plan: Plan, extra: dict[str, Any] | None = None) -> Manifest:
@@ -241,7 +332,7 @@ class Manifest:
             "identity": plan.identity,
             "identity_hash": identity_hash(plan.identity),
             "totals": manifest.totals,
-            "receipts": [asdict(receipt) for receipt in ordered],
+            "receipts": [receipt.to_json() for receipt in ordered],
             "root_hash": manifest.root_hash,
         }
         write_json(folder / "manifest.json", {**(extra or {}), **value})
@@ -253,8 +344,9 @@ class Manifest:
         path = folder / "manifest.json"
         if not path.exists():
             if (folder / "plan.json").exists():
+                command = "generate" if Plan.read(folder).identity["extraction"] == "sequential" else "extract"
                 raise DatasetError(
-                    f"{folder} is unfinished (a plan, no manifest); run `python -m pipeline extract` again, it continues where it stopped"
+                    f"{folder} is unfinished (a plan, no manifest); run `python -m pipeline {command}` again, it continues where it stopped"
                 )
             raise DatasetError(f"{folder} is not a noise dataset: it has no manifest.json")
         value = read_json(path)
@@ -272,6 +364,10 @@ class Manifest:
 
 def open_shard(folder: Path, receipt: Receipt, identity: Identity, check_hash: bool = True) -> ShardReader:
     """A committed shard, checked against its receipt (size, hash) and the dataset's identity."""
+    return _open_shard(folder, receipt, _owner(owners(identity), receipt.shard), check_hash)
+
+
+def _open_shard(folder: Path, receipt: Receipt, expected: str, check_hash: bool) -> ShardReader:
     path = folder / "shards" / receipt.file
     way_out = "fetch it again, or delete its receipt and run extract again"
     if not path.exists():
@@ -283,6 +379,6 @@ def open_shard(folder: Path, receipt: Receipt, identity: Identity, check_hash: b
         raise DatasetError(f"{path} has sha256 {found[:16]}..., its receipt says {receipt.sha256[:16]}...: edited or damaged; {way_out}")
     reader = ShardReader(path)
     ours = reader.metadata
-    if ours.identity_hash != identity_hash(identity) or ours.shard != receipt.shard:
+    if ours.identity_hash != expected or ours.shard != receipt.shard:
         raise DatasetError(f"{path} belongs to another dataset: its identity_hash is {ours.identity_hash[:16]}..., its shard {ours.shard}")
     return reader

@@ -17,10 +17,12 @@ A *row* is one position's place in the stream: five int64 numbers (k0, k1, c1, c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from noise.compiled import compiled
+from noise.compiled import compiled, native
 
 MAX_POSITION = 2**24
 MAX_DRAW = 256
@@ -31,6 +33,7 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _E0_BLOCK = 0xFFFFFFFF
 _LARGEST_UNIFORM = 1 - 2**-24
+_TILE = 2**16  # entries whose noise is made at a time on a CPU: they stay in its second cache
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -75,11 +78,11 @@ def with_draw(rows_N5: Tensor, draw: int) -> Tensor:
     return torch.stack((rows_N5[:, 0], rows_N5[:, 1], place, rows_N5[:, 3], rows_N5[:, 4]), dim=-1)
 
 
-def words(rows_N5: Tensor, vocab_size: int) -> Tensor:
-    """One 32-bit word per vocabulary entry: int64 [N, V] in [0, 2^32)."""
-    block = torch.arange((vocab_size + 3) // 4, device=rows_N5.device)[None, :]
+def words(rows_N5: Tensor, stop: int, start: int = 0) -> Tensor:
+    """One 32-bit word for each of the vocabulary entries from `start`, a multiple of 4, to `stop`: int64 [N, stop - start] in [0, 2^32)."""
+    block = torch.arange(start // 4, (stop + 3) // 4, device=rows_N5.device)[None, :]
     k0, k1, c1, c2, c3 = (column[:, None] for column in rows_N5.unbind(-1))
-    return torch.stack(philox(block, c1, c2, c3, k0, k1), dim=-1).flatten(1)[:, :vocab_size]
+    return torch.stack(philox(block, c1, c2, c3, k0, k1), dim=-1).flatten(1)[:, : stop - start]
 
 
 def words_at(rows_K5: Tensor, index_K: Tensor) -> Tensor:
@@ -105,7 +108,42 @@ def winner_exponential(rows_N5: Tensor) -> Tensor:
     return exponential(philox(torch.full_like(c1, _E0_BLOCK), c1, c2, c3, k0, k1)[0])
 
 
+def gumbel(rows_N5: Tensor, stop: int, start: int = 0) -> Tensor:
+    """Prior noise g = -log E of entries `start` (a multiple of 4) to `stop`, float32 [N, stop - start], i.i.d. Gumbel(0, 1)."""
+    if not _has_machine_code(rows_N5):
+        return _gumbel(rows_N5, stop, start)
+    return _in_tiles(rows_N5, stop, start, lambda e: e.log_().neg_())
+
+
+def rate(rows_N5: Tensor, stop: int, start: int = 0) -> Tensor:
+    """exp(g) = 1 / E of the same noise: what a softmax of it is made of, without a logarithm."""
+    if not _has_machine_code(rows_N5):
+        return _rate(rows_N5, stop, start)
+    return _in_tiles(rows_N5, stop, start, lambda e: e.reciprocal_())
+
+
+def _has_machine_code(rows_N5: Tensor) -> bool:
+    return rows_N5.device.type == "cpu" and native() is not None
+
+
+def _in_tiles(rows_N5: Tensor, stop: int, start: int, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """E on a CPU, with `finish` done in place, a few positions at a time so that passes over them stay in its second cache."""
+    fast = native()
+    assert fast is not None
+    e_NV = torch.empty(len(rows_N5), stop - start)
+    size = max(1, _TILE // (stop - start))
+    for first in range(0, len(rows_N5), size):
+        tile_NV = e_NV[first : first + size]
+        fast.uniform(rows_N5[first : first + size].numpy(), start // 4, tile_NV.numpy())
+        finish(tile_NV.neg_().log1p_().neg_())
+    return e_NV
+
+
 @compiled
-def gumbel(rows_N5: Tensor, vocab_size: int) -> Tensor:
-    """Prior noise g = -log E, float32 [N, V], i.i.d. Gumbel(0, 1)."""
-    return -torch.log(exponential(words(rows_N5, vocab_size)))
+def _gumbel(rows_N5: Tensor, stop: int, start: int) -> Tensor:
+    return -torch.log(exponential(words(rows_N5, stop, start)))
+
+
+@compiled
+def _rate(rows_N5: Tensor, stop: int, start: int) -> Tensor:
+    return 1 / exponential(words(rows_N5, stop, start))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from noise import philox
+from noise.candidates import find
 from noise.compiled import compiled
 
 MIN_EPSILON, MAX_EPSILON = 2.0**-10, math.log(2.0)
@@ -102,52 +103,62 @@ class Sketch:
         return self.log_prob_N, self.kept_N, self.index_K, self.code_K
 
 
-def encode(log_probs_NV: Tensor, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> Sketch:
-    """Sketch the posterior noise of tokens int64 [N] under float32 log-probs [N, V], for draws 0..R-1 of the given rows.
+def encode(logits_NV: Tensor, token_N: Tensor, rows_N5: Tensor, codec: Codec, normaliser_N: Tensor | None = None) -> Sketch:
+    """Sketch the posterior noise of tokens int64 [N] under a teacher's logits [N, V], for draws 0..R-1 of the given rows.
 
-    Raises TeacherError where log-probs are NaN or the token has probability zero, ValueError for ids outside [0, V).
+    The log-probs are `float32(logits) - normaliser`, float32 [N]; without one, the logits are log-probs already.
+    Nothing of [N, V] is made. Raises TeacherError where a log-prob is NaN or the token has probability zero, or a token id
+    is outside [0, V); ValueError for logits of another width than the codec's.
     """
-    if log_probs_NV.shape[1] != codec.vocab_size:
-        raise ValueError(f"log-probs are {log_probs_NV.shape[1]} wide; the dataset's vocab_size is {codec.vocab_size}")
-    outside = (token_N < 0) | (token_N >= codec.vocab_size)
-    if bool(outside.any()):
-        raise TeacherError(int(outside.nonzero()[0, 0]), f"token id {int(token_N[outside][0])} is not below the teacher's width {codec.vocab_size}")
-    log_prob_N = log_probs_NV.gather(1, token_N[:, None])[:, 0]
-    # log-softmax spreads one NaN or +inf logit over its whole row, so the token's own value shows it
-    bad = ~torch.isfinite(log_prob_N)
-    if bool(bad.any()):
-        value = float(log_prob_N[bad][0])
-        cause = "the token has probability zero" if value == -math.inf else "NaN or infinite logits"
-        raise TeacherError(int(bad.nonzero()[0, 0]), f"the teacher's log-prob of the token is {value} ({cause})")
-    kept_NV = moved(log_probs_NV, token_N, rows_N5, 1.0 / codec.c)
-    for draw in range(1, codec.draws):
-        kept_NV |= moved(log_probs_NV, token_N, philox.with_draw(rows_N5, draw), 1.0 / codec.c)
-    owner_K, index_K = kept_NV.nonzero(as_tuple=True)
-    code_K = quantise(log_probs_NV[owner_K, index_K], codec)
-    kept_N = torch.bincount(owner_K, minlength=len(token_N))
-    return Sketch(log_prob_N, kept_N, index_K, code_K)
+    if logits_NV.shape[1] != codec.vocab_size:
+        raise ValueError(f"logits are {logits_NV.shape[1]} wide; the dataset's vocab_size is {codec.vocab_size}")
+    if normaliser_N is None:
+        normaliser_N = torch.zeros(len(token_N), device=token_N.device)
+    log_prob_N = _log_prob_of(token_N, logits_NV, normaliser_N)
+    kept = [_kept(logits_NV, token_N, philox.with_draw(rows_N5, draw), codec, normaliser_N) for draw in range(codec.draws)]
+    place_K = kept[0] if codec.draws == 1 else torch.cat(kept).unique()  # type: ignore[no-untyped-call]
+    owner_K, index_K = place_K // codec.vocab_size, place_K % codec.vocab_size
+    code_K = quantise(logits_NV[owner_K, index_K].float() - normaliser_N[owner_K], codec)
+    return Sketch(log_prob_N, torch.bincount(owner_K, minlength=len(token_N)), index_K, code_K)
+
+
+def normaliser(logits_NV: Tensor) -> Tensor:
+    """log sum exp of the logits, float32 [N], computed in float32: one pass over them."""
+    return logits_NV.float().logsumexp(1) if logits_NV.device.type == "cpu" else _fused_normaliser(logits_NV)
 
 
 @compiled
-def moved(log_probs_NV: Tensor, token_N: Tensor, rows_N5: Tensor, inverse_c: float) -> Tensor:
-    """Which entries the teacher moved by more than epsilon in one draw: bool [N, V], false at the token.
+def _fused_normaliser(logits_NV: Tensor) -> Tensor:
+    return logits_NV.float().logsumexp(1)
 
-    Kept iff word < T with y = p E_0 / c and T = min(2^32, ceil((1 - e^-y) 2^32 (1 + 2^-20) - 1/2)): no logarithm.
-    """
-    y_NV = log_probs_NV.exp() * (philox.winner_exponential(rows_N5) * inverse_c)[:, None]
-    threshold_NV = _threshold(y_NV)
-    word_NV = philox.words(rows_N5, log_probs_NV.shape[1])
-    entry_V = torch.arange(log_probs_NV.shape[1], device=token_N.device)
-    return (word_NV < threshold_NV) & (entry_V[None, :] != token_N[:, None])
+
+def _log_prob_of(token_N: Tensor, logits_NV: Tensor, normaliser_N: Tensor) -> Tensor:
+    outside = (token_N < 0) | (token_N >= logits_NV.shape[1])
+    if bool(outside.any()):
+        raise TeacherError(int(outside.nonzero()[0, 0]), f"token id {int(token_N[outside][0])} is not below the teacher's width {logits_NV.shape[1]}")
+    log_prob_N = logits_NV.gather(1, token_N[:, None])[:, 0].float() - normaliser_N
+    # one NaN or +inf logit makes its row's normaliser NaN or +inf
+    bad = ~(torch.isfinite(log_prob_N) & torch.isfinite(normaliser_N))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        value, total = float(log_prob_N[at]), float(normaliser_N[at])
+        cause = "the token has probability zero" if value == -math.inf and math.isfinite(total) else "NaN or infinite logits"
+        raise TeacherError(at, f"the teacher's log-prob of the token is {value} ({cause})")
+    return log_prob_N
+
+
+def _kept(logits_NV: Tensor, token_N: Tensor, rows_N5: Tensor, codec: Codec, normaliser_N: Tensor) -> Tensor:
+    """The entries that the teacher moved by more than epsilon in the rows' draw: n V + i, int64, ascending."""
+    ceiling_N = philox.winner_exponential(rows_N5) / codec.c
+    owner_K, index_K, word_K = find(logits_NV, normaliser_N, rows_N5, ceiling_N)
+    p_K = (logits_NV[owner_K, index_K].float() - normaliser_N[owner_K]).double().exp()
+    moved_K = (word_K < _threshold(p_K * ceiling_N[owner_K])) & (index_K != token_N[owner_K])
+    return (owner_K * codec.vocab_size + index_K)[moved_K]
 
 
 def _threshold(y: Tensor) -> Tensor:
-    # not torch.expm1: compiled for CPU vectors it is exp(x) - 1 (torch 2.13), which loses a small y and with it the bound
-    series = torch.ones_like(y)
-    for term in range(8, 1, -1):
-        series = 1 - series * y * (1 / term)
-    below_one = torch.where(y < 0.5, y * series, 1 - torch.exp(-y))  # 1 - e^-y, within 2^-21 of itself
-    return (below_one * (2.0**32 * (1 + 2.0**-20)) - 0.5).ceil().clamp_max(2.0**32).to(torch.int64)
+    """T = min(2^32, ceil((1 - e^-y) 2^32 (1 + 2^-20) - 1/2)), int64, of y = p E_0 / c in float64: moved iff word < T, no logarithm."""
+    return (-torch.expm1(-y) * (2.0**32 * (1 + 2.0**-20)) - 0.5).ceil().clamp_max(2.0**32).to(torch.int64)
 
 
 def quantise(log_prob_K: Tensor, codec: Codec) -> Tensor:
@@ -163,15 +174,22 @@ def dequantise(code_K: Tensor, codec: Codec) -> Tensor:
 def decode(sketch: Sketch, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> Tensor:
     """Dense posterior noise g, float32 [N, V], of the draw that the rows name (below the codec's R).
 
-    Prior noise everywhere, corrected at the kept entries and the token: nothing else was moved by more than epsilon.
+    Prior noise everywhere but at the kept entries and the token: nothing else was moved by more than epsilon.
     """
     g_NV = philox.gumbel(rows_N5, codec.vocab_size)
-    e0_N = philox.winner_exponential(rows_N5)
-    owner_K = torch.repeat_interleave(torch.arange(len(token_N), device=token_N.device), sketch.kept_N, output_size=len(sketch.index_K))
-    e_K = philox.exponential(philox.words_at(rows_N5[owner_K], sketch.index_K))
-    g_NV[owner_K, sketch.index_K] = -torch.log(e_K + dequantise(sketch.code_K, codec) * e0_N[owner_K])
-    g_NV[torch.arange(len(token_N), device=token_N.device), token_N] = -sketch.log_prob_N - e0_N.log()
+    owner_K, index_K, value_K = corrections(sketch, token_N, rows_N5, codec)
+    g_NV[owner_K, index_K] = value_K
     return g_NV
+
+
+def corrections(sketch: Sketch, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
+    """Where posterior noise is not the prior's: (position int64, vocabulary entry int64, g float32), kept entries first, then the tokens."""
+    e0_N, at_N = philox.winner_exponential(rows_N5), torch.arange(len(token_N), device=token_N.device)
+    owner_K = torch.repeat_interleave(at_N, sketch.kept_N, output_size=len(sketch.index_K))
+    e_K = philox.exponential(philox.words_at(rows_N5[owner_K], sketch.index_K))
+    g_K = -torch.log(e_K + dequantise(sketch.code_K, codec) * e0_N[owner_K])
+    g_N = -sketch.log_prob_N - e0_N.log()
+    return torch.cat([owner_K, at_N]), torch.cat([sketch.index_K, token_N]), torch.cat([g_K, g_N])
 
 
 def justified(sketch: Sketch, rows_N5: Tensor, codec: Codec) -> Tensor:
@@ -182,7 +200,7 @@ def justified(sketch: Sketch, rows_N5: Tensor, codec: Codec) -> Tensor:
     for draw in range(codec.draws):
         drawn_K5 = philox.with_draw(rows_N5, draw)[owner_K]
         # a little above the threshold still counts: p on the edge of its code's bin may have been rounded up on another device
-        y_K = p_K * philox.winner_exponential(drawn_K5) * ((1 + 2.0**-20) / codec.c)
+        y_K = p_K.double() * philox.winner_exponential(drawn_K5) * ((1 + 2.0**-20) / codec.c)
         explained_K |= philox.words_at(drawn_K5, sketch.index_K) < _threshold(y_K)
     return explained_K
 

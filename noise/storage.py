@@ -82,14 +82,15 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def checked_fields(kind: Any, value: dict[str, Any], name: str) -> dict[str, Any]:
-    """The values of a dataclass's int, float and str fields out of a JSON object; what else it holds is left out.
+def checked_fields(kind: Any, value: dict[str, Any], name: str, beside: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a dataclass's int, float and str fields (all but `beside`) out of a JSON object; what else it holds is left out.
 
     Raises DatasetError that names `name` and the first field that is missing or of another type.
     """
     allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
-    for field in fields(kind):
+    wanted = [field for field in fields(kind) if field.name not in beside]
+    for field in wanted:
         found = value.get(field.name)
         if not isinstance(found, allowed[str(field.type)]) or isinstance(found, bool):
             raise DatasetError(f"{name}: field {field.name} is {found!r}, expected {field.type}")
-    return {field.name: value[field.name] for field in fields(kind)}
+    return {field.name: value[field.name] for field in wanted}

@@ -4,17 +4,25 @@ The data flow of this room, one file each:
 
     config      the recipe: plain dataclasses, their docstrings are the command line's help
     embedded    the text that every Python carries: the default corpus
+    files       patterns, URIs and names of datasets -> files, here or on the hub or in a store
+    formats     one file -> its documents, from any place on, hashed in the same pass
+    clean_up    text that a corpus's authors took apart, put together again
     corpus      files -> documents with their place in the corpus, split into train and held-out
+    divide      a corpus -> shards, in one pass, several files at a time
     tokenizer   trains one, or takes the teacher's own
     packing     documents of tokens -> blocks that begin with BOS
     teacher     a Hugging Face causal LM -> log-probs in float32, a few positions at a time
     plan        what decides the numbers (identity), and which documents make which shard
+    standing    a plan that is there already: found again by listing, extended by new files
     extract     one shard, from its documents to its receipt
+    prompts     the plan of text that the teacher writes: rules, and which prompts make which shard
+    generate    one shard that the teacher writes from the noise
+    replay      is it what the teacher writes? one parallel forward over the rows
     workers     all shards: Ray actors, resume, retries
     progress    one live line on a terminal, plain lines in a log
     verify      a finished dataset, checked file by file
     inspect     what a dataset is, in words or JSON
     card        README.md of a dataset
 
-    python -m pipeline tokenizer|plan|extract|verify|inspect --config recipes/demo.yaml
+    python -m pipeline tokenizer|plan|extract|generate|verify|replay|inspect --config recipes/demo.yaml
 """

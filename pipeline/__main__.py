@@ -1,4 +1,4 @@
-"""`python -m pipeline tokenizer|plan|extract|verify|inspect --config recipes/demo.yaml [--dotted.override value]`.
+"""`python -m pipeline tokenizer|plan|extract|generate|verify|replay|inspect --config recipes/demo.yaml [--dotted.override value]`.
 
 Exit codes: 0 done; 1 work that failed (what is committed stays); 2 a recipe, corpus, teacher or dataset that cannot be used.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from noise.storage import DatasetError
-from pipeline.config import Recipe, WorkError
+from pipeline.config import DTYPES, GenerateRecipe, Recipe, Work, WorkError
 
 COMMANDS = {
     "tokenizer": "Train the tokenizer on the training documents.",
     "plan": "Write down what the dataset will be: identity, and which documents make which shard.",
     "extract": "Make the dataset, or what is missing of it. Plans first where there is no plan.",
+    "generate": "Let the teacher write a dataset from the noise, or what is missing of it.",
     "verify": "Check a finished dataset: hashes, schema, counts, ranges, and that every kept entry is explained.",
+    "replay": "Check that a generated dataset is what its teacher writes from its noise: one parallel forward over the rows.",
     "inspect": "Say what a dataset is.",
 }
 
@@ -40,21 +42,29 @@ def complain(message: str, code: int) -> int:
     return code
 
 
-def parse(arguments: list[str]) -> tuple[str, Recipe, dict[str, Any]]:
-    """(command, recipe, the command's own options). Raises ValueError for what the recipe does not have."""
+def parse(arguments: list[str]) -> tuple[str, Any, dict[str, Any]]:
+    """(command, Recipe or GenerateRecipe, the command's own options). Raises ValueError for what the recipe does not have."""
     import jsonargparse
+    from jsonargparse.typing import PositiveInt
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog="python -m pipeline", description="Corpus -> teacher -> shards of noise.", exit_on_error=False)
     commands = parser.add_subcommands(dest="command")
     for name, text in COMMANDS.items():
         command = jsonargparse.ArgumentParser(description=text, exit_on_error=False)
+        if name == "replay":
+            command.add_argument("dataset", type=str, help="Folder of the dataset.")
+            command.add_argument("--teacher.model", type=str | None, help="Folder or hub id of its teacher; null = where the plan saw it.")
+            command.add_argument("--dtype", type=Literal[DTYPES] | None, help="Precision of the replay; null = the dataset's own.")
+            command.add_argument("--rows", type=PositiveInt | None, help="About how many rows, some of every shard; null = all.")
+            commands.add_subcommand(name, command, help=text)
+            continue
         command.add_argument("--config", action="config", help="Recipe in YAML; what follows on the command line overrides it.")
         if name in ("verify", "inspect"):
             command.add_argument("dataset", nargs="?", type=str, help="Folder of the dataset; the recipe's output where it is left out.")
         if name == "inspect":
             command.add_argument("--json", action="store_true", help="Print JSON.")
-        command.add_class_arguments(Recipe)
+        command.add_class_arguments(GenerateRecipe if name == "generate" else Recipe)
         commands.add_subcommand(name, command, help=text)
     try:
         parsed = parser.parse_args(arguments)
@@ -62,17 +72,23 @@ def parse(arguments: list[str]) -> tuple[str, Recipe, dict[str, Any]]:
     except jsonargparse.ArgumentError as error:
         raise ValueError(str(error)) from None
     given = values[values.command]
-    recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__})
+    if values.command == "replay":
+        return values.command, None, {"dataset": given["dataset"], "model": given["teacher"]["model"], "dtype": given["dtype"], "rows": given["rows"]}
+    kind: type[Work] = GenerateRecipe if values.command == "generate" else Recipe
+    recipe = kind(**{name: given[name] for name in kind.__dataclass_fields__})
     named = {argument.split("=")[0] for argument in arguments}
     if "--teacher.model" in named and "--tokenizer.path" not in named and recipe.teacher_brings_tokenizer():
         recipe.tokenizer.path = None
     return values.command, recipe, {name: given.get(name) for name in ("dataset", "json")}
 
 
-def run(command: str, recipe: Recipe, options: dict[str, Any]) -> int:
+def run(command: str, recipe: Any, options: dict[str, Any]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from pipeline import stages
 
+    if command == "replay":
+        stages.replay(**options)
+        return 0
     dataset = options["dataset"] or recipe.output
     if command == "tokenizer":
         stages.make_tokenizer(recipe)
@@ -80,6 +96,8 @@ def run(command: str, recipe: Recipe, options: dict[str, Any]) -> int:
         stages.plan(recipe)
     elif command == "extract":
         stages.extract(recipe)
+    elif command == "generate":
+        stages.generate(recipe)
     elif command == "verify":
         stages.verify(dataset)
     else:

@@ -8,13 +8,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from noise.dataset import Manifest, Plan, identity_hash
+from noise.dataset import Manifest, Plan, identity_hash, parts
+from noise.shard import Layout
 from noise.storage import write_text
 
 EXTRACTIONS = {
     "parallel": "posterior noise of existing text under the teacher (one forward pass)",
     "sequential": "text that the teacher wrote from the noise",
     "none": "tokens alone: no teacher, no noise",
+}
+
+NOISE = {
+    "parallel": "the kept entries say where the teacher moved it",
+    "sequential": "nothing is kept, since it is the very noise that the teacher wrote from.\n"
+    "A position has noise if its `log_prob` is below 0: BOS, prompts and padding have 0",
+    "none": "here there is none",
+}
+
+ENTRIES = {
+    False: "`index` and `code` (the entries, position after position)",
+    True: "`entry` (the entries, position after position: `index << 8 | code`)",
 }
 
 CARD = """---
@@ -26,7 +39,7 @@ tags:
 ---
 # Gumbel noise dataset
 
-{rows:,} rows of {block_length} positions, {tokens:,} positions with noise; {extraction}.
+{rows:,} rows of {block_length} positions, {tokens:,} positions with noise: {extraction}.
 
 | | |
 |---|---|
@@ -38,8 +51,8 @@ tags:
     rows = load_dataset("path/of/this/folder")["train"]
 
 Columns: `sequence_id`, `input_ids`, `length` (what follows is padding), `log_prob` (the teacher's, of each token, in nats),
-`kept` (sketch entries at each position), `index` and `code` (the entries, position after position). Noise is rebuilt from the
-seed, the sequence id and the position; the kept entries say where the teacher moved it.
+`kept` (sketch entries at each position), {entries}. Noise is rebuilt from the
+seed, the sequence id and the position; {noise}.
 
 ## Where it comes from
 
@@ -58,6 +71,7 @@ def write_card(folder: Path, plan: Plan, manifest: Manifest) -> None:
         "vocabulary": f"{identity['vocab_size']:,}",
         "seed": f"`{identity['seed']}`",
         "epsilon, draws": f"{identity['epsilon']}, {identity['draws']}",
+        "format version, compression": f"{identity['format_version']}, {identity.get('compression', 'none')}",
         "shards, bytes": f"{len(manifest.receipts):,}, {totals['bytes']:,}",
         "kept entries": f"{totals['kept']:,}",
     }
@@ -66,6 +80,8 @@ def write_card(folder: Path, plan: Plan, manifest: Manifest) -> None:
         block_length=identity["block_length"],
         tokens=totals["tokens"],
         extraction=EXTRACTIONS[identity["extraction"]],
+        noise=NOISE[identity["extraction"]],
+        entries=ENTRIES["entry" in Layout.of(plan.metadata(0)).entries],
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         origin=origin(plan.identity, plan.environment),
     )
@@ -75,14 +91,29 @@ def write_card(folder: Path, plan: Plan, manifest: Manifest) -> None:
 def origin(identity: dict[str, Any], environment: dict[str, Any]) -> str:
     """Corpus and teacher in words, from identity and environment."""
     corpus, teacher = identity["corpus"], identity["teacher"]
-    files = ", ".join(f"`{file['path']}`" for file in corpus["files"][:5]) + (
-        f" and {len(corpus['files']) - 5} more" if len(corpus["files"]) > 5 else ""
-    )
-    lines = [f"Corpus: {files}; split `{corpus['split']}` (held out: {corpus['held_out']})."]
+    paths = [file["path"] for part in parts(identity) for file in part["corpus"]["files"]]
+    files = ", ".join(f"`{path}`" for path in paths[:5]) + (f" and {len(paths) - 5:,} more" if len(paths) > 5 else "")
+    kind = "Prompts" if "generation" in identity else "Corpus"
+    lines = [f"{kind}: {files}; split `{corpus['split']}` (held out: {corpus['held_out']})."] if paths else []
     if teacher is not None:
         revision = teacher["revision"] or "none, a local folder"
         lines.append(
             f"Teacher: `{environment['teacher']}`, revision {revision}, weights sha256 `{teacher['weights_sha256']}`, "
             f"{teacher['dtype']}, temperature {teacher['temperature']}."
         )
+    if "generation" in identity:
+        lines.append(written(identity["generation"]))
     return "\n".join(lines)
+
+
+def written(rule: dict[str, Any]) -> str:
+    """How the teacher wrote the text, in words."""
+    begin = "BOS alone" if rule["prompts"] == "bos" else "BOS and a prompt"
+    if rule["prompt_tokens"]:
+        begin += f" (its first {rule['prompt_tokens']} tokens)"
+    end = "EOS ends a row" if rule["stop"] == "eos" else "Rows fill the block, whatever EOS they hold"
+    masked = rule["masked_ids"]["count"]
+    return (
+        f"The text is the teacher's: every row begins with {begin}, and the next token is argmax(log p + g). {end}. "
+        f"{masked:,} ids could not be chosen (those the tokenizer does not have{', and special tokens' * (rule['special_tokens'] == 'masked')})."
+    )

@@ -15,6 +15,7 @@ class WorkError(RuntimeError):
     """Work that was begun and failed. The message is for people; what is committed stays."""
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -23,9 +24,22 @@ class Corpus:
     """Which text."""
 
     files: str | list[str] | None = None
-    """Glob or list of globs: text, .jsonl or .parquet, also .gz and .zst; null = the prose that every Python carries."""
+    """Path, glob, URI (s3://, gs://, hf://datasets/OWNER/NAME/..., with globs) or a list: text, .jsonl, .parquet, .arrow, also .gz and .zst; or a
+    folder of datasets.save_to_disk. null = `dataset`, or else the prose that every Python carries."""
+    dataset: str | None = None
+    """Dataset of the Hugging Face hub by name; its own files are read, at a commit, with the columns they have."""
+    dataset_config: str | None = None
+    """Configuration of that dataset, where it has several."""
+    dataset_split: str = "train"
+    """Its split, as its authors made it; also which split of a folder of datasets.save_to_disk that has several."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of that dataset."""
     text_field: str = "text"
-    """Column with the text, in .jsonl and .parquet."""
+    """Column with the text, in all formats but text files."""
+    ids_field: str | None = None
+    """Column with token ids instead of text, taken as they are; they must be the tokenizer's. An id counts as 4 characters of a shard."""
+    clean_up: str = "none"
+    """none: text as it is. lm1b: undo the tokenisation of the One Billion Word Benchmark, as published diffusion models do."""
     held_out: float = 0.05
     """Share of documents, chosen by their content, that training never sees."""
     split: str = "train"
@@ -33,10 +47,17 @@ class Corpus:
 
     def __post_init__(self) -> None:
         _one_of("corpus.split", self.split, ("train", "held_out", "all"))
+        _one_of("corpus.clean_up", self.clean_up, ("none", "lm1b"))
         if not 0 <= self.held_out < 1:
             raise ValueError(f"corpus.held_out is {self.held_out}; it is a share of the documents, in [0, 1)")
         if self.split == "held_out" and self.held_out == 0:
             raise ValueError("corpus.split is held_out but corpus.held_out is 0: there is nothing to read")
+        if self.files is not None and self.dataset is not None:
+            raise ValueError(f"corpus.files and corpus.dataset ({self.dataset!r}) are both set; take one")
+        if self.dataset is None and (self.dataset_config, self.dataset_revision) != (None, None):
+            raise ValueError("corpus.dataset_config or corpus.dataset_revision is set, but corpus.dataset is null; name the dataset, or drop them")
+        if self.ids_field is not None and self.clean_up != "none":
+            raise ValueError(f"corpus.clean_up is {self.clean_up}, but corpus.ids_field takes ids, which have no text to clean; set it to none")
 
 
 @dataclass
@@ -60,15 +81,32 @@ class Packing:
     block_length: int = 32
     """Positions in a row, BOS included."""
     policy: str = "concat"
-    """concat: every document ends in EOS, they follow each other, and are cut in blocks that begin with BOS; none is lost."""
+    """concat: documents, each with EOS behind it, follow each other and are cut in blocks that begin with BOS. pad: each has rows of its own."""
+    block_end: str = "none"
+    """eos: every block ends in an EOS of its own behind the tokens, as published code wraps text. none: its last token is a document's."""
+    tail: str = "pad"
+    """concat: the last block of a shard is padded (pad), or dropped where it is not full (drop), as published code does."""
+    long_documents: str = "split"
+    """pad: a document longer than a row goes on in the next row (split), or loses the rest (cut)."""
+    attention_across_documents: bool = True
+    """Whether the teacher, predicting a document, sees those before it in the row. false: it reads each alone, behind BOS, from position 0."""
     shard_characters: int = 4_000_000
-    """A shard ends with the document that reaches this many characters; its last row is padded."""
+    """A shard ends with the document that reaches this many characters; what `tail` says happens there."""
 
     def __post_init__(self) -> None:
-        _one_of("packing.policy", self.policy, ("concat",))
+        _one_of("packing.policy", self.policy, ("concat", "pad"))
+        _one_of("packing.block_end", self.block_end, ("none", "eos"))
+        _one_of("packing.tail", self.tail, ("pad", "drop"))
+        _one_of("packing.long_documents", self.long_documents, ("split", "cut"))
         if not 2 <= self.block_length <= 2**24:
             raise ValueError(f"packing.block_length is {self.block_length}; it must be in [2, 2^24]")
+        if self.block_end == "eos" and self.block_length < 3:
+            raise ValueError("packing.block_length is 2 and packing.block_end is eos: BOS and EOS leave no room for text")
         _at_least("packing.shard_characters", self.shard_characters, 1)
+        if self.policy == "pad" and self.tail == "drop":
+            raise ValueError("packing.tail is drop, but packing.policy pad has no tail; set it to pad")
+        if self.policy == "concat" and self.long_documents == "cut":
+            raise ValueError("packing.long_documents is cut, but packing.policy concat loses nothing of a document; set it to split")
 
 
 @dataclass
@@ -80,7 +118,7 @@ class Teacher:
     revision: str | None = None
     """Branch, tag or commit on the hub; it is resolved to a commit."""
     dtype: str = "float32"
-    """Of weights and activations: float32, bfloat16 or float16. Log-probs are float32 always."""
+    """Of weights and activations: float32, bfloat16, float16, or float64 (to generate and replay exactly). What is stored is float32 always."""
     attention: str = "sdpa"
     """Attention implementation: sdpa, eager, flash_attention_2, ..."""
     micro_batch: int = 16
@@ -91,7 +129,7 @@ class Teacher:
     """The logits are divided by it."""
 
     def __post_init__(self) -> None:
-        _one_of("teacher.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _one_of("teacher.dtype", self.dtype, DTYPES)
         _at_least("teacher.micro_batch", self.micro_batch, 1)
         _at_least("teacher.threads", self.threads, 1)
         if not 0 < self.temperature < float("inf"):
@@ -108,15 +146,54 @@ class Noise:
     """Largest error of the noise in nats, from 2^-10 to below ln 2."""
     draws: int = 1
     """Independent draws of noise that the shards serve."""
-    compile: bool | None = None
-    """Compile the encoder: 20 to 60 seconds a worker, then 3 times faster or more; null = where the corpus is large enough. Part of the plan."""
+    compression: str = "none"
+    """Of the shards: none (mapped, read without copying) or zstd (smaller; a reader holds what it has read in memory)."""
     seed: int | None = None
     """Seed of the noise stream, 64 bits; null = derived from everything else in the dataset's identity."""
 
     def __post_init__(self) -> None:
         _one_of("noise.extraction", self.extraction, ("parallel", "none"))
-        if self.seed is not None and not 1 <= self.seed < 2**64:
-            raise ValueError(f"noise.seed is {self.seed}; it must be in [1, 2^64)")
+        _one_of("noise.compression", self.compression, ("none", "zstd"))
+        _seed("noise.seed", self.seed)
+
+
+@dataclass
+class Generate:
+    """What the teacher writes from the noise."""
+
+    prompts: str = "bos"
+    """bos: every row begins with BOS alone. corpus: with BOS and a document of `corpus`, which is given and has no noise."""
+    rows: int | None = None
+    """How many rows, where they begin with BOS alone."""
+    samples: int | None = None
+    """Rows a document, each with noise of its own, where documents are the prompts; null = 1."""
+    prompt_tokens: int | None = None
+    """Only the first so many tokens of a document are its prompt; null = all, which must leave room to write."""
+    block_length: int = 32
+    """Positions in a row, BOS and prompt included."""
+    stop: str = "eos"
+    """eos: EOS ends the row. never: rows fill the block, and EOS is a token like any other."""
+    special_tokens: str = "allowed"
+    """allowed, or masked: the teacher cannot choose the tokenizer's special tokens (but EOS, where it ends the row)."""
+    shard_rows: int = 4096
+    """Rows in a shard, at least: a document's rows stay together."""
+    seed: int | None = None
+    """Seed of the noise stream, 64 bits; null = derived from everything else in the dataset's identity."""
+
+    def __post_init__(self) -> None:
+        _one_of("generate.prompts", self.prompts, ("bos", "corpus"))
+        _one_of("generate.stop", self.stop, ("eos", "never"))
+        _one_of("generate.special_tokens", self.special_tokens, ("allowed", "masked"))
+        for name, least in (("rows", 1), ("samples", 1), ("prompt_tokens", 1), ("shard_rows", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(f"generate.{name}", value, least)
+        if not 2 <= self.block_length <= 2**24:
+            raise ValueError(f"generate.block_length is {self.block_length}; it must be in [2, 2^24]")
+        for name, of in (("rows", "bos"), ("samples", "corpus"), ("prompt_tokens", "corpus")):
+            if getattr(self, name) is not None and self.prompts != of:
+                raise ValueError(f"generate.{name} is {getattr(self, name)} but generate.prompts is {self.prompts}, where it means nothing; drop it")
+        _seed("generate.seed", self.seed)
 
 
 @dataclass
@@ -143,16 +220,14 @@ class Ray:
 
 
 @dataclass
-class Recipe:
-    """Everything about one dataset."""
+class Work:
+    """What every dataset needs, however its text came about."""
 
     output: str = "runs/dataset"
     """Folder of the dataset."""
     corpus: Corpus = field(default_factory=Corpus)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
-    packing: Packing = field(default_factory=Packing)
     teacher: Teacher = field(default_factory=Teacher)
-    noise: Noise = field(default_factory=Noise)
     ray: Ray = field(default_factory=Ray)
 
     def teacher_brings_tokenizer(self) -> bool:
@@ -163,6 +238,32 @@ class Recipe:
         if folder.is_dir():
             return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
         return HUB_ID.fullmatch(self.teacher.model) is not None
+
+
+@dataclass
+class Recipe(Work):
+    """Everything about one dataset of text that exists."""
+
+    packing: Packing = field(default_factory=Packing)
+    noise: Noise = field(default_factory=Noise)
+
+
+@dataclass
+class GenerateRecipe(Work):
+    """Everything about one dataset of text that the teacher writes."""
+
+    generate: Generate = field(default_factory=Generate)
+
+    def __post_init__(self) -> None:
+        if self.generate.prompts == "bos" and self.generate.rows is None:
+            raise ValueError("generate.rows is null: say how many rows to write, or take the corpus for prompts (generate.prompts: corpus)")
+        if self.generate.prompts == "bos" and self.corpus != Corpus():
+            raise ValueError("corpus is set, but generate.prompts is bos, so nothing of it would be read; set generate.prompts to corpus, or drop it")
+
+
+def _seed(name: str, value: int | None) -> None:
+    if value is not None and not 1 <= value < 2**64:
+        raise ValueError(f"{name} is {value}; it must be in [1, 2^64)")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,35 +1,30 @@
 """Files -> documents, each with its place, split into train and held-out by content.
 
-    .txt and anything else   one document, cut at a blank line after every 65,536 characters
-    .jsonl .ndjson           one document a line, the text in one field
-    .parquet                 one document a row, the text in one column
-    .gz .zst                 of the text and JSONL formats, read as they are
-
-A document's place is (file number, ordinal in the file, byte offset in the uncompressed file). Reading from a place
-gives the same documents as reading from the beginning and leaving out what comes before it. Text is taken as it is.
-Whether a document is held out depends on its content alone, so equal documents are always on the same side.
+A document's place is (file number, ordinal in the file, byte offset in the uncompressed file). Reading from a place gives
+the same documents as reading from the beginning and leaving out what comes before it. Whether a document is held out
+depends on its content alone, as the files have it, so equal documents are always on the same side.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
-import io
-import json
-import os
-import zlib
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from noise.storage import DatasetError, sha256_file
-from pipeline import config, embedded
+import numpy as np
 
-PIECE_CHARACTERS = 65536
+from noise.storage import DatasetError
+from pipeline import config, embedded, formats
+from pipeline import files as places
+from pipeline.clean_up import RULES
+
 EMBEDDED = "python-standard-library"
-CLEANUP = f"none; text files cut at a blank line after {PIECE_CHARACTERS} characters; empty documents left out"
+CHARACTERS_OF_AN_ID = 4
+AHEAD = 8
+"""Files read at the same time while planning; more than cores, since much of it is waiting for disks and stores."""
 
 
 @dataclass(frozen=True)
@@ -40,77 +35,170 @@ class CorpusFile:
     """Relative to the corpus root."""
     bytes: int
     sha256: str
+    """Of its content; "" before it was read."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """Text with its place."""
+    """Text, or token ids, with its place."""
 
     file: int
     ordinal: int
     offset: int
     text: str
+    """After clean-up; "" where there are ids."""
+    ids: list[int] | None
+    characters: int
+    """As the files have it, before clean-up; an id counts as 4."""
+    digest: bytes
+    """sha256 of the content, before clean-up."""
 
 
 class Corpus:
-    """The documents of one split, from any place on."""
+    """The documents of one split, from any place on. Keeps the last file open, so reading on from where it stopped costs nothing."""
 
     def __init__(self, recipe: config.Corpus, root: str, files: Sequence[CorpusFile]):
-        self.recipe, self.root, self.files = recipe, root, list(files)
+        self.recipe, self.roots, self._files = recipe, [root], list(files)
+        self.locations = [places.join(root, file.path) for file in files]
+        self._cursor: tuple[Document, Iterator[Document]] | None = None  # the document in hand, and what follows it
 
     @classmethod
     def open(cls, recipe: config.Corpus) -> Corpus:
-        """Find and hash the files. Raises DatasetError when nothing matches or a file is not readable."""
-        if recipe.files is None:
+        """List the files. Raises DatasetError when nothing matches."""
+        if recipe.files is None and recipe.dataset is None:
+            if recipe.ids_field is not None:
+                raise DatasetError("corpus.ids_field is set, but the embedded corpus is text; name files, or drop it")
             return cls(recipe, "", [_embedded_file(embedded.documents())])
-        paths = find_files(recipe.files)
-        root = os.path.commonpath([path.parent for path in paths])
-        try:
-            files = [CorpusFile(path.relative_to(root).as_posix(), path.stat().st_size, sha256_file(path)) for path in paths]
-        except OSError as error:
-            raise DatasetError(f"corpus file {error.filename} cannot be read: {error.strerror}") from None
-        return cls(recipe, root, files)
+        found = places.find(recipe)
+        root = places.common_root([file.location for file in found])
+        return cls(recipe, root, [CorpusFile(places.relative(file.location, root), file.bytes, "") for file in found])
+
+    def of_split(self, split: str) -> Corpus:
+        """The same files, other documents of them."""
+        other = Corpus.chain([self])
+        other.recipe = replace(self.recipe, split=split)
+        return other
+
+    @classmethod
+    def chain(cls, parts: Sequence[Corpus]) -> Corpus:
+        """One corpus of the files of several, each under its own root."""
+        whole = cls(parts[0].recipe, "", [])
+        whole.roots = [root for part in parts for root in part.roots]
+        whole._files = [file for part in parts for file in part._files]
+        whole.locations = [location for part in parts for location in part.locations]
+        return whole
+
+    @property
+    def files(self) -> list[CorpusFile]:
+        """Path, size and content hash of each file; reads those that were not read yet."""
+        unread = [number for number, file in enumerate(self._files) if not file.sha256]
+        with ThreadPoolExecutor(AHEAD) as pool:
+            for number, seen in zip(unread, pool.map(lambda number: formats.hash_file(self.locations[number]), unread), strict=True):
+                self._learn(number, *seen)
+        return self._files
+
+    def listed(self) -> list[CorpusFile]:
+        """Path and size of each file, with its content hash where it was read."""
+        return self._files
+
+    def _learn(self, number: int, size: int, sha256: str) -> None:
+        self._files[number] = CorpusFile(self._files[number].path, size, sha256)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the documents. Reads the files that were not read yet."""
+        return {"files": [asdict(file) for file in self.files], **corpus_settings(self.recipe)}
 
     def documents(self, start: tuple[int, int, int] = (0, 0, 0), stop: tuple[int, int] | None = None) -> Iterator[Document]:
         """Documents of the split in order, from the place `start` up to (not including) document `stop` = (file, ordinal)."""
-        for number in range(start[0], len(self.files)):
-            if stop is not None and number > stop[0]:
+        for number in range(start[0], len(self.locations)):
+            if stop is not None and (number, 0) >= stop:
                 return
             ordinal, offset = start[1:] if number == start[0] else (0, 0)
-            for document in self._read(number, ordinal, offset):
+            for document in self._from(number, ordinal, offset):
                 if stop is not None and (document.file, document.ordinal) >= stop:
                     return
-                if document.text and self._chosen(document.text):
-                    yield document
+                yield document
 
-    def _chosen(self, text: str) -> bool:
-        return self.recipe.split == "all" or is_held_out(text, self.recipe.held_out) == (self.recipe.split == "held_out")
+    def _from(self, number: int, ordinal: int, offset: int) -> Iterator[Document]:
+        """Chosen documents of a file from a place on, by the reader that is open where it stands there, or is before it in a packed file."""
+        seen, following = self._cursor or (None, iter(()))
+        self._cursor = None
+        packed = formats.kind_of(self.locations[number])[1] != ""
+        if seen is None or seen.file != number or seen.ordinal > ordinal or (seen.ordinal < ordinal and not packed):
+            self._check_size(number)
+            seen, following = None, self._read(number, ordinal, offset)
+        for document in itertools.chain([seen] if seen is not None else [], following):
+            if document.ordinal >= ordinal:
+                try:
+                    yield document
+                except GeneratorExit:  # the reader stops here; the next range may begin with this document
+                    self._cursor = document, following
+                    raise
 
     def _read(self, number: int, ordinal: int, offset: int) -> Iterator[Document]:
-        if self.recipe.files is None:
+        if self.locations[number] == EMBEDDED:
             texts = self._embedded_documents()
-            yield from (Document(number, place, 0, texts[place]) for place in range(ordinal, len(texts)))
+            placed: Iterator[formats.Placed] = ((place, 0, texts[place]) for place in range(ordinal, len(texts)))
+        else:
+            placed = formats.read(self.locations[number], self._field, self.recipe.ids_field is not None, ordinal, offset)
+        return self._chosen(number, placed)
+
+    @property
+    def _field(self) -> str:
+        return self.recipe.ids_field or self.recipe.text_field
+
+    def _chosen(self, number: int, placed: Iterator[formats.Placed]) -> Iterator[Document]:
+        """The split's documents of one file; those without content are left out."""
+        clean = RULES[self.recipe.clean_up]
+        for ordinal, offset, value in placed:
+            if not value:
+                continue
+            digest = hashlib.sha256(value.encode() if isinstance(value, str) else np.asarray(value, "<i4").tobytes()).digest()
+            if self.recipe.split != "all" and is_held_out(digest, self.recipe.held_out) != (self.recipe.split == "held_out"):
+                continue
+            if isinstance(value, str):
+                yield Document(number, ordinal, offset, clean(value), None, len(value), digest)
+            else:
+                yield Document(number, ordinal, offset, "", value, CHARACTERS_OF_AN_ID * len(value), digest)
+
+    def scan(self, number: int) -> Iterator[Document]:
+        """Chosen documents of a whole file, which is hashed on the way if it was not read yet."""
+        if self._files[number].sha256:
+            yield from self._read(number, 0, 0)
             return
-        path = Path(self.root) / self.files[number].path
-        try:
-            if path.stat().st_size != self.files[number].bytes:
-                raise DatasetError(f"corpus file {path} has {path.stat().st_size} bytes, the plan saw {self.files[number].bytes}: it was changed")
-            for place, at, text in read_file(path, self.recipe.text_field, ordinal, offset):
-                yield Document(number, place, at, text)
-        except UnicodeDecodeError as error:
-            raise DatasetError(f"corpus file {path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it or leave it out") from None
-        except (OSError, EOFError, zlib.error) as error:
-            raise DatasetError(f"corpus file {path} cannot be read: {error}") from None
+
+        def learning() -> Iterator[formats.Placed]:
+            seen = yield from formats.scan(self.locations[number], self._field, self.recipe.ids_field is not None)
+            self._learn(number, *seen)
+
+        yield from self._chosen(number, learning())
+
+    def _check_size(self, number: int) -> None:
+        if self.locations[number] == EMBEDDED:
+            return
+        with formats.named(self.locations[number]):
+            found = places.size(self.locations[number])
+        if found != self._files[number].bytes:
+            raise DatasetError(
+                f"corpus file {self.locations[number]} has {found} bytes, the plan saw {self._files[number].bytes}: it was changed; "
+                "restore it, or plan into a new output folder"
+            )
+
+    def changed(self, first: int, last: int) -> list[str]:
+        """Locations of the files from `first` to `last` whose content is not what is known of them. Reads them whole."""
+        numbers = [number for number in range(first, min(last + 1, len(self._files))) if self.locations[number] != EMBEDDED]
+        found = {number: formats.hash_file(self.locations[number])[1] for number in numbers}
+        return [self.locations[number] for number in numbers if self._files[number].sha256 not in ("", found[number])]
 
     def _embedded_documents(self) -> tuple[str, ...]:
         texts = embedded.documents()
-        if self.files and self.files[0] != _embedded_file(texts):
+        if self._files[0] != _embedded_file(texts):
             raise DatasetError("the embedded corpus differs from the plan's, since it comes with Python: run with the Python that planned")
         return texts
 
     def nothing_found(self) -> DatasetError:
         """The error for a split without documents."""
-        where = f"the {len(self.files)} files of corpus.files" if self.recipe.files is not None else "the embedded corpus"
+        where = f"the {len(self.locations)} files of the corpus" if self.locations != [EMBEDDED] else "the embedded corpus"
         if self.recipe.split == "all":
             return DatasetError(f"the corpus is empty: {where} hold no text")
         return DatasetError(
@@ -119,132 +207,18 @@ class Corpus:
         )
 
 
+def corpus_settings(recipe: config.Corpus) -> dict[str, Any]:
+    """What decides the documents beside the files."""
+    field = {"text_field": recipe.text_field} if recipe.ids_field is None else {"ids_field": recipe.ids_field}
+    rule = f"{recipe.clean_up}; text files cut at a blank line after {formats.PIECE_CHARACTERS} characters; empty documents left out"
+    return {**field, "clean_up": rule, "held_out": recipe.held_out, "split": recipe.split}
+
+
 def _embedded_file(texts: Sequence[str]) -> CorpusFile:
     """The embedded corpus as if it were one file."""
     content = "\0".join(texts).encode()
     return CorpusFile(EMBEDDED, len(content), hashlib.sha256(content).hexdigest())
 
 
-def is_held_out(text: str, share: float) -> bool:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < share * 2**64
-
-
-def find_files(patterns: str | list[str]) -> list[Path]:
-    """Absolute paths of all matches, sorted, each once. Raises DatasetError naming a pattern that matches no file."""
-    found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = [path for path in map(Path, glob.glob(str(Path(pattern).expanduser()), recursive=True)) if path.is_file()]  # noqa: PTH207
-        if not matches:
-            raise DatasetError(f"corpus.files: {pattern!r} matches no file (working folder {Path.cwd()})")
-        found.update(str(path.absolute()) for path in matches)
-    if not found:
-        raise DatasetError("corpus.files is an empty list; name files, or take null for the embedded corpus")
-    return [Path(path) for path in sorted(found)]
-
-
-def read_file(path: Path, text_field: str, first: int = 0, offset: int = 0) -> Iterator[tuple[int, int, str]]:
-    """(ordinal, byte offset, text) of the documents from `first` on, which begins at `offset`."""
-    name, packed = path.name.lower(), path.suffix.lower() in (".gz", ".zst")
-    kind = Path(name).with_suffix("").suffix if packed else path.suffix.lower()
-    if kind in (".parquet", ".pq"):
-        if packed:
-            raise DatasetError(f"{path}: Parquet has its own compression; unpack the file first")
-        yield from _read_parquet(path, text_field, first)
-        return
-    with _open(path) as file:
-        if not packed:
-            file.seek(offset)
-            documents = _read_lines(file, path, text_field, first, offset) if kind in (".jsonl", ".ndjson") else _read_text(file, first, offset)
-            yield from documents
-        else:
-            documents = _read_lines(file, path, text_field, 0, 0) if kind in (".jsonl", ".ndjson") else _read_text(file, 0, 0)
-            yield from (document for document in documents if document[0] >= first)
-
-
-def _open(path: Path) -> BinaryIO:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix.lower() == ".zst":
-        import pyarrow as pa
-
-        # reads frame after frame and refuses a file that ends within one; zstandard's own reader does neither by itself
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
-
-
-def _read_text(file: BinaryIO, ordinal: int, offset: int) -> Iterator[tuple[int, int, str]]:
-    """Pieces that end at a blank line, or at a line's end where twice the length passed without one."""
-    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    while piece := text.read(PIECE_CHARACTERS):
-        if len(piece) == PIECE_CHARACTERS:
-            extra: list[str] = []
-            length = 0
-            while line := text.readline(PIECE_CHARACTERS):
-                extra.append(line)
-                length += len(line)
-                if not line.strip() or length >= PIECE_CHARACTERS:
-                    break
-            piece += "".join(extra)
-        yield ordinal, offset, piece
-        ordinal, offset = ordinal + 1, offset + len(piece.encode())
-
-
-def _read_lines(file: BinaryIO, path: Path, text_field: str, ordinal: int, offset: int) -> Iterator[tuple[int, int, str]]:
-    for line in file:
-        if line.strip():
-            yield ordinal, offset, _field(line, f"{path}, document {ordinal}", text_field)
-            ordinal += 1
-        offset += len(line)
-
-
-def _field(line: bytes, place: str, text_field: str) -> str:
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{place}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise DatasetError(f"{place}: holds {type(value).__name__}, expected an object with the field {text_field!r}")
-    if text_field not in value:
-        raise DatasetError(f"{place} has no field {text_field!r}; it has {_names(value)}: set corpus.text_field")
-    return _text(value[text_field], place, text_field)
-
-
-def _text(value: Any, place: str, text_field: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DatasetError(f"{place}: field {text_field!r} is {type(value).__name__}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DatasetError(f"{place}: field {text_field!r} holds a lone surrogate, which is no text") from None
-    return value
-
-
-def _read_parquet(path: Path, text_field: str, first: int) -> Iterator[tuple[int, int, str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise DatasetError(f"{path} has no column {text_field!r}; it has {_names(file.schema_arrow.names)}: set corpus.text_field")
-            ordinal = 0
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if ordinal + rows <= first:
-                    ordinal += rows
-                    continue
-                for batch in file.iter_batches(1024, row_groups=[group], columns=[text_field]):
-                    for value in batch.column(0).to_pylist():
-                        if ordinal >= first:
-                            yield ordinal, 0, _text(value, f"{path}, row {ordinal}", text_field)
-                        ordinal += 1
-    except pa.ArrowException as error:
-        raise DatasetError(f"corpus file {path} is not readable as Parquet: {error}") from None
-
-
-def _names(columns: Any) -> str:
-    return ", ".join(repr(name) for name in columns) or "none"
+def is_held_out(digest: bytes, share: float) -> bool:
+    return int.from_bytes(digest[:8]) < share * 2**64

@@ -7,8 +7,11 @@ Shapes: B rows, L block length, V vocabulary, K kept entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,75 +22,91 @@ from torch import Tensor
 from noise import philox
 from noise.dataset import Plan, Receipt, commit_shard
 from noise.shard import Rows, ShardMetadata
-from noise.sketch import Sketch, TeacherError, encode
+from noise.sketch import Sketch, TeacherError, encode, normaliser
 from noise.storage import DatasetError
-from pipeline.corpus import Corpus
-from pipeline.packing import Blocks, concat
-from pipeline.plan import ShardInput
+from pipeline.corpus import Corpus, Document
+from pipeline.divide import ShardInput, digest
+from pipeline.making import Making, MakeRows
+from pipeline.packing import Blocks, Packer
 from pipeline.tokenizer import Tokenizer
 
 
-class LogProbs(Protocol):
+class Scores(Protocol):
     """What a shard needs of a teacher."""
 
-    def log_probs(self, input_ids_BL: Tensor, at_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(slice of N, float32 [n, V]) in order; row n is the distribution of the token after flat position at_N[n]."""
+    def scores(self, input_ids_BL: Tensor, at_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(slice of N, floating [n, V]) in order; row n's softmax is the distribution of the token after flat position at_N[n]."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the shards of one dataset share."""
+    """Everything that the shards of one dataset share.
+
+    Two threads may make shards of one job: one reads, or writes what it has made, while the other has the teacher. Neither changes a byte.
+    """
 
     folder: Path
     plan: Plan
     corpus: Corpus
     tokenizer: Tokenizer
-    teacher: LogProbs | None
+    teacher: Scores | None
     """None when the extraction is none."""
+    reading: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    """Held for the teacher, from a shard's first micro-batch to its last."""
 
-    def extract(self, shard: int) -> Receipt:
-        """Make and commit one shard. Raises DatasetError naming shard and row when its data cannot be encoded."""
-        source = ShardInput.from_json(self.plan.shards[shard])
-        documents = self.corpus.documents(source.start, source.stop)
-        texts = [document.text for document in documents]
-        characters = sum(map(len, texts))
-        if (len(texts), characters) != (source.documents, source.characters):
-            raise DatasetError(
-                f"shard {shard}: the corpus has {len(texts)} documents and {characters} characters here, the plan saw {source.documents} and "
-                f"{source.characters}: a file was changed; restore it, or plan into a new output folder"
-            )
-        special = self.plan.identity["tokenizer"]
-        input_ids_BL, length_B = concat(self.tokenizer.encode(texts), special["bos"], special["eos"], self.plan.identity["block_length"])
+    def work(self, shard: int) -> int:
+        """How much there is to do for a shard, in characters: the measure of progress."""
+        return int(self.plan.shards[shard]["characters"])
+
+    def extract(self, shard: int, making: Making | None = None) -> Receipt:
+        """Make and commit one shard. Raises DatasetError naming the shard, and the row when it cannot be encoded (RowError)."""
+        making = making or Making(shard)
         metadata = self.plan.metadata(shard)
-        check_ids(input_ids_BL, metadata)
-        return commit_shard(self.folder, metadata, self._rows(metadata, input_ids_BL, length_B), characters)
+        with self.reading:
+            documents = self.documents(shard)
+            packed = Packer.of(self.plan.identity).pack(self.tokens(documents))
+        check_ids(packed.input_ids_BL, packed.length_B, metadata, making)
+        make = rows_without_noise if self.teacher is None else partial(rows_with_noise, teacher=self.teacher)
+        characters = sum(document.characters for document in documents if document.ids is None)
+        with closing(self.micro_batches(metadata, packed.input_ids_BL, packed.length_B, make, making)) as rows:
+            return commit_shard(self.folder, metadata, rows, characters, packed.dropped, making.left_out)
 
-    def _rows(self, metadata: ShardMetadata, input_ids_BL: Blocks, length_B: Blocks) -> Iterator[Rows]:
-        size = self.plan.environment["numerics"]["micro_batch"]
-        for start in range(0, len(input_ids_BL), size):
-            part = slice(start, min(start + size, len(input_ids_BL)))
-            sequence_id_B = np.arange(part.start, part.stop, dtype=np.uint64) + np.uint64(metadata.shard * 2**32)
-            if self.teacher is None:
-                yield rows_without_noise(metadata, sequence_id_B, input_ids_BL[part], length_B[part])
-            else:
-                try:
-                    yield rows_with_noise(metadata, sequence_id_B, input_ids_BL[part], length_B[part], self.teacher)
-                except TeacherError as error:
-                    row, position = divmod(error.position, metadata.block_length)
-                    raise DatasetError(
-                        f"shard {metadata.shard}, row {start + row}, position {position}: {error.reason}; nothing of this shard was written"
-                    ) from None
-
-
-def check_ids(input_ids_BL: Blocks, metadata: ShardMetadata) -> None:
-    """Raises DatasetError for the first token id that is not below the vocabulary's width."""
-    outside = np.argwhere((input_ids_BL < 0) | (input_ids_BL >= metadata.vocab_size))
-    if len(outside):
-        row, position = (int(value) for value in outside[0])
+    def documents(self, shard: int) -> list[Document]:
+        """The documents of a shard. Raises DatasetError naming the file when they are not those that the plan saw."""
+        source = ShardInput.from_json(self.plan.shards[shard])
+        documents = list(self.corpus.documents(source.start, source.stop))
+        if source.sha256 == digest(document.digest for document in documents):
+            return documents
+        files = self.corpus.changed(source.start[0], source.stop[0] if source.stop[1] else source.stop[0] - 1)
+        changed = f"{', '.join(files[:3])} was changed since" if files else "its files are the same, but not what is taken of them"
         raise DatasetError(
-            f"shard {metadata.shard}, row {row}, position {position}: token id {input_ids_BL[row, position]} is not below the teacher's width "
+            f"shard {shard}: the corpus has {len(documents)} documents here, the plan saw {source.documents}, with other content: {changed}; "
+            "restore it, or plan into a new output folder"
+        )
+
+    def tokens(self, documents: list[Document]) -> Iterator[list[int]]:
+        """Token ids of each document: its own, or its text's."""
+        if documents and documents[0].ids is not None:
+            return (document.ids or [] for document in documents)
+        return self.tokenizer.encode(document.text for document in documents)
+
+    def micro_batches(self, metadata: ShardMetadata, input_ids_BL: Blocks, length_B: Blocks, make: MakeRows, making: Making) -> Generator[Rows, None, None]:
+        """`make` on each of the plan's micro-batches, while this shard has its turn at the teacher."""
+        with self.turn:
+            yield from making.micro_batches(metadata, self.plan.environment["numerics"]["micro_batch"], input_ids_BL, length_B, make)
+
+
+def check_ids(input_ids_BL: Blocks, length_B: Blocks, metadata: ShardMetadata, making: Making) -> None:
+    """Leaves out rows with a token id that is not below the vocabulary's width. Raises RowError for the first where that is not allowed."""
+    outside_BL = (input_ids_BL < 0) | (input_ids_BL >= metadata.vocab_size)
+    for row in np.flatnonzero(outside_BL.any(1)).tolist():
+        position = int(outside_BL[row].argmax())
+        reason = (
+            f"token id {input_ids_BL[row, position]} is not below the teacher's width "
             f"{metadata.vocab_size}: the tokenizer does not belong to this teacher"
         )
+        making.leave_out(row, position, int(length_B[row]) - 1, len(input_ids_BL), reason, again=False)
 
 
 def rows_without_noise(metadata: ShardMetadata, sequence_id_B: np.ndarray, input_ids_BL: Blocks, length_B: Blocks) -> Rows:
@@ -100,13 +119,12 @@ def rows_without_noise(metadata: ShardMetadata, sequence_id_B: np.ndarray, input
         length_B,
         np.zeros(shape, np.float32),
         np.zeros(shape, np.uint16),
-        np.empty(0, index_K),
-        np.empty(0, code_K),
+        (np.empty(0, index_K), np.empty(0, code_K)),
         zero,
     )
 
 
-def rows_with_noise(metadata: ShardMetadata, sequence_id_B: np.ndarray, input_ids_BL: Blocks, length_B: Blocks, teacher: LogProbs) -> Rows:
+def rows_with_noise(metadata: ShardMetadata, sequence_id_B: np.ndarray, input_ids_BL: Blocks, length_B: Blocks, teacher: Scores) -> Rows:
     """Sketch one micro-batch. Raises TeacherError whose position is flat in B L."""
     L = metadata.block_length
     has_noise_BL = (np.arange(L)[None] >= 1) & (np.arange(L)[None] < length_B[:, None])
@@ -115,11 +133,11 @@ def rows_with_noise(metadata: ShardMetadata, sequence_id_B: np.ndarray, input_id
     sequence_N = torch.from_numpy(sequence_id_B.view(np.int64))[token_at_N // L]
     rows_N5 = philox.rows(int(metadata.seed), sequence_N, token_at_N % L)
     sketches: list[Sketch] = []
-    for part, log_probs_NV in teacher.log_probs(ids_BL, token_at_N - 1):
-        device = log_probs_NV.device
+    for part, scores_NV in teacher.scores(ids_BL, token_at_N - 1):
+        device = scores_NV.device
         try:
             token_N = ids_BL.flatten()[token_at_N[part]]
-            sketches.append(encode(log_probs_NV, token_N.to(device), rows_N5[part].to(device), metadata.codec))
+            sketches.append(encode(scores_NV, token_N.to(device), rows_N5[part].to(device), metadata.codec, normaliser(scores_NV)))
         except TeacherError as error:
             raise TeacherError(int(token_at_N[part][error.position]), error.reason) from None
     return _assemble(metadata, sequence_id_B, input_ids_BL, length_B, has_noise_BL, sketches)
@@ -138,7 +156,7 @@ def _assemble(
     offset = np.concatenate([[0], np.cumsum(kept_BL.sum(axis=1, dtype=np.int64))])
     index: np.ndarray = torch.cat([sketch.index_K for sketch in sketches]).cpu().numpy().astype(index_K)
     code: np.ndarray = torch.cat([sketch.code_K for sketch in sketches]).cpu().numpy().astype(code_K)
-    return Rows(sequence_id_B, input_ids_BL, length_B, log_prob_BL, kept_BL, index, code, offset)
+    return Rows(sequence_id_B, input_ids_BL, length_B, log_prob_BL, kept_BL, (index, code), offset)
 
 
 def _entry_types(metadata: ShardMetadata) -> tuple[type, type]:

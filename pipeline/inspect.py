@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from noise.dataset import Manifest, Plan, committed, identity_hash
+from noise.dataset import Identity, Manifest, Plan, committed, identity_hash, parts
 from noise.storage import DatasetError
 
 
@@ -21,7 +21,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "identity_hash": identity_hash(plan.identity),
         "environment": plan.environment,
         "shards": len(plan.shards),
-        "finished": (folder / "manifest.json").exists(),
+        "finished": _finished(folder, plan),
     }
     if not value["finished"]:
         return value | {"committed": len(committed(folder))}
@@ -33,11 +33,16 @@ def summary(folder: Path) -> dict[str, Any]:
         value["per_token"] = {
             "bytes": totals["bytes"] / totals["tokens"],
             "bytes_dense_fp16": 2 * codec.vocab_size,
-            "kept": totals["kept"] / totals["tokens"],
-            "kept_bound": codec.expected_kept_bound,
             "nll": totals["nll_sum"] / totals["tokens"],
         }
+        if plan.identity["extraction"] == "parallel":
+            value["per_token"] |= {"kept": totals["kept"] / totals["tokens"], "kept_bound": codec.expected_kept_bound}
     return value
+
+
+def _finished(folder: Path, plan: Plan) -> bool:
+    """A manifest of this plan, not of the dataset that it grows from."""
+    return (folder / "manifest.json").exists() and Manifest.read(folder).identity == plan.identity
 
 
 def describe(folder: Path) -> str:
@@ -48,33 +53,70 @@ def in_words(folder: Path) -> str:
     """One screen for people."""
     value = summary(folder)
     identity = value["identity"]
-    corpus, teacher, tokenizer = identity["corpus"], identity["teacher"], identity["tokenizer"]
-    names = ", ".join(file["path"] for file in corpus["files"][:3]) + (f" and {len(corpus['files']) - 3} more" if len(corpus["files"]) > 3 else "")
+    teacher, tokenizer = identity["teacher"], identity["tokenizer"]
     lines = [
         f"{folder}: {'finished' if value['finished'] else 'unfinished'}, {value['committed']:,} of {value['shards']:,} shards committed",
         f"  identity    {value['identity_hash']}",
-        f"  corpus      {names}; split {corpus['split']}, held out {corpus['held_out']}",
+        _source(identity),
         f"  tokenizer   {tokenizer['length']:,} entries, BOS {tokenizer['bos']}, EOS {tokenizer['eos']}, sha256 {tokenizer['sha256'][:16]}",
-        f"  rows        of {identity['block_length']} positions, packing {identity['packing']['policy']}",
+        f"  rows        of {identity['block_length']} positions, {_layout(identity)}",
+        f"  format      version {identity['format_version']}, compression {identity.get('compression', 'none')}",
         f"  teacher     {'none' if teacher is None else _teacher(teacher, value['environment'])}",
-        f"  noise       extraction {identity['extraction']}, epsilon {identity['epsilon']}, {identity['draws']} draws, V {identity['vocab_size']:,}, "
-        f"seed {identity['seed']}",
+        f"  noise       {_noise(identity)}, V {identity['vocab_size']:,}, seed {identity['seed']}",
     ]
     if value["finished"]:
         totals = value["totals"]
         lines.append(
-            f"  holds       {totals['rows']:,} rows, {totals['tokens']:,} positions with noise, {totals['bytes']:,} bytes; "
-            f"{totals['characters_in']:,} characters"
+            f"  holds       {totals['rows']:,} rows, {totals['tokens']:,} positions with noise, {totals['bytes']:,} bytes"
+            + (f"; {totals['characters_in']:,} characters" if totals["characters_in"] else "")
+            + (f"; {totals['tokens_dropped']:,} tokens left out by packing" if "tokens_dropped" in totals else "")
         )
         lines.append(f"  root hash   {value['root_hash']}")
     if "per_token" in value:
         per = value["per_token"]
-        lines.append(
-            f"  per token   {per['bytes']:.1f} bytes (dense fp16: {per['bytes_dense_fp16']:,}), {per['kept']:.2f} kept entries "
-            f"(bound {per['kept_bound']:.2f}), "
-            f"teacher's NLL {per['nll']:.3f} nats"
-        )
+        kept = f", {per['kept']:.2f} kept entries (bound {per['kept_bound']:.2f})" if "kept" in per else ""
+        lines.append(f"  per token   {per['bytes']:.1f} bytes (dense fp16: {per['bytes_dense_fp16']:,}){kept}, teacher's NLL {per['nll']:.3f} nats")
     return "\n".join(lines)
+
+
+def _source(identity: Identity) -> str:
+    """Where the text comes from: the corpus, or what the teacher went on from."""
+    corpus, paths = identity["corpus"], [file["path"] for part in parts(identity) for file in part["corpus"]["files"]]
+    if not paths:
+        return "  text        written by the teacher, from BOS alone"
+    names = ", ".join(paths[:3]) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
+    names += f" (grown {len(identity['parents']) - 1} times)" if "parents" in identity else ""
+    kind = "prompts" if "generation" in identity else "corpus "
+    return f"  {kind}     {names}; split {corpus['split']}, held out {corpus['held_out']}"
+
+
+def _noise(identity: Identity) -> str:
+    if identity["extraction"] == "sequential":
+        return "extraction sequential: the prior draw that the text was written from, nothing kept"
+    return f"extraction {identity['extraction']}, epsilon {identity['epsilon']}, {identity['draws']} draws"
+
+
+def _layout(identity: Identity) -> str:
+    if "generation" not in identity:
+        return packing_in_words(identity)
+    rule = identity["generation"]
+    cut = f", prompts of at most {rule['prompt_tokens']} tokens" if rule["prompt_tokens"] else ""
+    samples = f", {rule['samples']} a prompt" if rule["samples"] else ""
+    masked = f"{rule['masked_ids']['count']:,} ids masked (special tokens {rule['special_tokens']})"
+    return f"{'ended by EOS' if rule['stop'] == 'eos' else 'filled'}{samples}{cut}; {masked}"
+
+
+def packing_in_words(identity: Identity) -> str:
+    rule = identity["packing"]
+    apart = not (identity["teacher"] or {}).get("attention_across_documents", True)
+    said = {
+        f"packing {rule['policy']}": True,
+        f"long documents {rule.get('long_documents')}": "long_documents" in rule,
+        "every block ends in EOS": "block_end" in rule,
+        "the last block of a shard dropped": "tail" in rule,
+        "documents read apart": apart,
+    }
+    return ", ".join(text for text, holds in said.items() if holds)
 
 
 def _teacher(teacher: dict[str, Any], environment: dict[str, Any]) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from noise.dataset import Manifest, Plan, Receipt, committed, differences, open_shard
+from noise.dataset import Manifest, Plan, Receipt, committed, differences, grows_from
 from noise.storage import DatasetError, write_text
 from pipeline.card import write_card
-from pipeline.config import Recipe, WorkError
+from pipeline.config import GenerateRecipe, Recipe, Work, WorkError
 from pipeline.corpus import Corpus
+from pipeline.divide import ShardInput
 from pipeline.extract import Job
-from pipeline.plan import ShardInput, make_plan, write_plan
+from pipeline.plan import make_plan, write_plan
 from pipeline.progress import Progress, RunLog, say
+from pipeline.standing import find_plan
 
 
-def save_recipe(recipe: Recipe, folder: Path) -> None:
+def save_recipe(recipe: Work, folder: Path) -> None:
     """The resolved recipe, beside its artefact."""
     import yaml
 
@@ -35,11 +37,14 @@ def make_tokenizer(recipe: Recipe) -> None:
     save_recipe(recipe, folder)
 
 
-def plan(recipe: Recipe) -> tuple[Plan, Job]:
-    """Write plan.json, or find the same plan there."""
-    fresh, corpus, tokenizer = make_plan(recipe)
-    standing = write_plan(recipe, fresh, tokenizer)
+def plan(recipe: Recipe, grow: bool = True) -> tuple[Plan, Job]:
+    """Write plan.json, or find the same plan there, extended by files that it does not know if `grow`."""
     folder = Path(recipe.output)
+    if (folder / "plan.json").exists():
+        standing, corpus, tokenizer = find_plan(recipe, grow)
+    else:
+        fresh, corpus, tokenizer = make_plan(recipe)
+        standing = write_plan(recipe, fresh, tokenizer)
     save_recipe(recipe, folder)
     sources = [ShardInput.from_json(shard) for shard in standing.shards]
     documents, characters = sum(source.documents for source in sources), sum(source.characters for source in sources)
@@ -52,20 +57,42 @@ def plan(recipe: Recipe) -> tuple[Plan, Job]:
 
 
 def extract(recipe: Recipe) -> None:
-    """Everything that is not committed yet, then the manifest and the card. Raises WorkError when shards failed."""
+    complete("extract", recipe, plan(recipe, grow=False)[1])
+
+
+def generate(recipe: GenerateRecipe) -> None:
+    """Plan, or find the same plan there, then write what is not committed yet."""
+    from pipeline import prompts
+    from pipeline.generate import Generation
+
+    fresh, corpus, tokenizer = prompts.make_plan(recipe)
+    standing = write_plan(recipe, fresh, tokenizer)
     folder = Path(recipe.output)
-    standing, job = plan(recipe)
+    save_recipe(recipe, folder)
+    identity = standing.identity
+    masked, stop = identity["generation"]["masked_ids"]["count"], identity["generation"]["stop"]
+    say(
+        f"plan: {folder}: {identity['shards']['rows']:,} rows from {'BOS' if not corpus.files else 'prompts'} -> {len(standing.shards):,} shards; "
+        f"V {identity['vocab_size']:,}, {masked:,} ids masked, blocks of {identity['block_length']}, stop {stop}"
+    )
+    complete("generate", recipe, Generation(folder, standing, corpus, tokenizer, None))
+
+
+def complete(stage: str, recipe: Work, job: Job) -> None:
+    """Everything that is not committed yet, then the manifest and the card. Raises WorkError when shards failed."""
+    folder, standing = job.folder, job.plan
     done = committed(folder)
     pending = [shard for shard in range(len(standing.shards)) if shard not in done]
     if not pending and (folder / "manifest.json").exists():
         manifest = Manifest.read(folder)
-        if differences(standing.identity, manifest.identity):
+        if not differences(standing.identity, manifest.identity):
+            say(f"{stage}: {folder} is complete: {manifest.totals['rows']:,} rows, root hash {manifest.root_hash[:16]}")
+            return
+        if not grows_from(standing.identity, manifest.identity):
             raise DatasetError(f"{folder}: manifest.json belongs to another plan; delete the manifest and run again")
-        say(f"extract: {folder} is complete: {manifest.totals['rows']:,} rows, root hash {manifest.root_hash[:16]}")
-        return
     log = RunLog(folder)
-    log.write("begin", shards=len(standing.shards), pending=len(pending), extraction=recipe.noise.extraction)
-    failures = _make(recipe, job, done, pending, log) if pending else {}
+    log.write("begin", shards=len(standing.shards), pending=len(pending), extraction=standing.identity["extraction"])
+    failures = _make(stage, recipe, job, done, pending, log) if pending else {}
     if failures:
         first = min(failures)
         log.write("failed", shards={str(shard): reason for shard, reason in failures.items()})
@@ -79,8 +106,10 @@ def extract(recipe: Recipe) -> None:
     write_card(folder, standing, manifest)
     log.write("end", totals=manifest.totals, root_hash=manifest.root_hash)
     totals, tokens = manifest.totals, count_tokens(folder, manifest)
+    source = f"{totals['characters_in']:,} characters -> " if totals["characters_in"] else ""
+    dropped = f" ({totals['tokens_dropped']:,} more left out by packing)" if "tokens_dropped" in totals else ""
     say(
-        f"extract: {folder}: {totals['characters_in']:,} characters -> {tokens:,} tokens in {totals['rows']:,} rows, "
+        f"{stage}: {folder}: {source}{tokens:,} tokens{dropped} in {totals['rows']:,} rows, "
         f"{totals['tokens']:,} with noise, "
         f"{totals['bytes']:,} bytes, root hash {manifest.root_hash[:16]}"
     )
@@ -99,24 +128,39 @@ def _per_token(receipts: list[Receipt]) -> dict[str, float]:
 
 def count_tokens(folder: Path, manifest: Manifest) -> int:
     """Tokens of the corpus, each document's EOS with it, BOS and padding without."""
-    readers = (open_shard(folder, receipt, manifest.identity, check_hash=False) for receipt in manifest.receipts)
+    readers = (manifest.open(folder, receipt, check_hash=False) for receipt in manifest.receipts)
     return sum(int(rows.length.sum(dtype="int64")) - len(rows) for reader in readers for rows in reader)
 
 
-def _make(recipe: Recipe, job: Job, done: dict[int, Receipt], pending: list[int], log: RunLog) -> dict[int, str]:
-    """Extract the pending shards; returns the reason of each that failed."""
-    characters = [shard["characters"] for shard in job.plan.shards]
-    already = sum(characters[shard] for shard in done if shard < len(characters))
-    with Progress("extract", "shards", len(characters), sum(characters), len(done), already) as progress:
-        if recipe.noise.extraction != "none":
+def _make(stage: str, recipe: Work, job: Job, done: dict[int, Receipt], pending: list[int], log: RunLog) -> dict[int, str]:
+    """Make the pending shards; returns the reason of each that failed."""
+    work = [job.work(shard) for shard in range(len(job.plan.shards))]
+    already = sum(work[shard] for shard in done if shard < len(work))
+    with Progress(stage, "shards", len(work), sum(work), len(done), already) as progress:
+        if job.plan.identity["extraction"] != "none":
             from pipeline import workers
 
             return workers.extract(recipe, job, pending, progress, log)
         for shard in pending:
             receipt = job.extract(shard)
-            progress.advance(work=characters[shard], tokens=receipt.rows * (job.plan.identity["block_length"] - 1))
+            progress.advance(work=work[shard], tokens=receipt.rows * (job.plan.identity["block_length"] - 1))
             log.write("shard", shard=shard, rows=receipt.rows)
     return {}
+
+
+def replay(dataset: str, model: str | None, dtype: str | None, rows: int | None) -> None:
+    """Raises WorkError when the teacher would have written something else."""
+    from pipeline.replay import replay as again
+
+    report = again(Path(dataset), model, dtype, rows)
+    for line in report.near_ties:
+        print(line)
+    say(f"replay: {report.in_words()}")
+    if report.failures:
+        raise WorkError(
+            f"{report.failures:,} positions of {dataset} are not what the teacher chooses there; first: {report.first_failure}; "
+            "the dataset is damaged, or this is not its teacher"
+        )
 
 
 def verify(dataset: str) -> None:

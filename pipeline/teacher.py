@@ -116,11 +116,17 @@ def _model(folder: Path, teacher: config.Teacher, weights: bool) -> Any:
 class Teacher:
     """A loaded teacher in evaluation mode on one device."""
 
-    def __init__(self, recipe: config.Teacher, vocab_size: int, device: str = "cpu"):
-        """Raises DatasetError when the model cannot be loaded or its logits are not `vocab_size` wide."""
+    def __init__(self, recipe: config.Teacher, vocab_size: int, device: str = "cpu", apart: tuple[int, int] | None = None):
+        """`apart` = (EOS, BOS): of the documents in a row, each is read alone, from its own BOS at position 0 on.
+
+        Raises DatasetError when the model cannot be loaded, its logits are not `vocab_size` wide, or it cannot read documents apart.
+        """
         self.temperature, self.vocab_size, self.device = recipe.temperature, vocab_size, torch.device(device)
         self._model = _model(locate(recipe)[0], recipe, weights=True).to(self.device).eval()
         self._head = self._usable_head()
+        self._apart = apart
+        if apart is not None:
+            self._check_apart(recipe.attention)
 
     @torch.inference_mode()
     def _usable_head(self) -> Any:
@@ -137,20 +143,82 @@ class Teacher:
         hidden = getattr(self._model.base_model(input_ids=probe_BL, use_cache=False), "last_hidden_state", None)
         if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
             return None
-        tolerance = 1e-4 if logits_BLV.dtype == torch.float32 else 2e-2
+        tolerance = 1e-4 if logits_BLV.dtype in (torch.float32, torch.float64) else 2e-2
         return head if torch.allclose(head(hidden).float(), logits_BLV.float(), rtol=tolerance, atol=tolerance, equal_nan=True) else None
+
+    def _inputs(self, input_ids_BL: Tensor) -> dict[str, Tensor]:
+        """What the model reads of rows: where documents are apart, BOS in the place of each EOS that one follows, and positions that restart there.
+
+        Transformers takes positions that restart, without a mask or a cache, for documents that do not see each other.
+        """
+        if self._apart is None:
+            return {"input_ids": input_ids_BL}
+        eos, bos = self._apart
+        begins_BL = input_ids_BL == eos
+        begins_BL[:, 0] = True
+        place_BL = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device).expand_as(input_ids_BL)
+        position_BL = place_BL - torch.where(begins_BL, place_BL, 0).cummax(dim=1).values
+        return {"input_ids": torch.where(begins_BL, bos, input_ids_BL), "position_ids": position_BL}
+
+    @torch.inference_mode()
+    def _check_apart(self, attention: str) -> None:
+        """Try it on a few tokens: the second document's logits must be those it has alone, not those it has behind the first."""
+        assert self._apart is not None
+        eos, bos = self._apart
+        words = [token for token in range(min(12, self.vocab_size)) if token not in self._apart]
+        first, second = words[: len(words) // 2], words[len(words) // 2 :]
+        together_BL = torch.tensor([[bos, *first, eos, *second]], device=self.device)
+        alone_BL = torch.tensor([[bos, *second]], device=self.device)
+        try:
+            apart, across, alone = (
+                self._model(**inputs, use_cache=False).logits[0, -len(second) :].float()
+                for inputs in (self._inputs(together_BL), {"input_ids": together_BL}, {"input_ids": alone_BL})
+            )
+            works = bool((apart - alone).abs().max() <= 0.2 * (across - alone).abs().max())
+        except (TypeError, ValueError, RuntimeError):  # a model without positions, or a kernel that does not take them
+            works = False
+        if not works:
+            raise DatasetError(
+                f"the teacher ({type(self._model).__name__}, {attention} attention) does not keep the documents of a row apart when its positions "
+                "restart; try teacher.attention eager, or set packing.attention_across_documents to true"
+            )
 
     @torch.inference_mode()
     def log_probs(self, input_ids_BL: Tensor, at_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(slice of N, log-probs float32 [n, V]) chunk by chunk; `at_N` are flat indices into B L, the log-probs are of the token after each."""
-        input_ids_BL, at_N = input_ids_BL.to(self.device), at_N.to(self.device)
+        for part, scores_NV in self.scores(input_ids_BL, at_N):
+            yield part, torch.log_softmax(scores_NV.float(), dim=-1)
+
+    @torch.inference_mode()
+    def scores(self, input_ids_BL: Tensor, at_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(slice of N, logits / temperature [n, V]): log-probs before they are normalised, in the model's own dtype where the temperature is 1."""
+        for part, logits_NV in self.logits(input_ids_BL, at_N):
+            yield part, logits_NV if self.temperature == 1 else logits_NV.float() / self.temperature
+
+    @torch.inference_mode()
+    def logits(self, input_ids_BL: Tensor, at_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(slice of N, the model's own logits [n, V], before temperature) of the token after each of `at_N`, as in `log_probs`."""
+        inputs, at_N = self._inputs(input_ids_BL.to(self.device)), at_N.to(self.device)
         if self._head is not None:
-            rows_MX = self._model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state.flatten(0, 1)
+            rows_MX = self._model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         else:
-            rows_MX = self._model(input_ids=input_ids_BL, use_cache=False).logits.flatten(0, 1)
+            rows_MX = self._model(**inputs, use_cache=False).logits.flatten(0, 1)
         size = max(1, CHUNK_ENTRIES // self.vocab_size)
         for start in range(0, len(at_N), size):
             part = slice(start, min(start + size, len(at_N)))
             chosen = rows_MX[at_N[part]]
-            logits_NV = (self._head(chosen) if self._head is not None else chosen).float()
-            yield part, torch.log_softmax(logits_NV / self.temperature, dim=-1)
+            yield part, self._head(chosen) if self._head is not None else chosen
+
+    @torch.inference_mode()
+    def follow(self, input_ids_BL: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """(logits [B, V] of the token that follows, KV cache) of tokens that continue what the cache holds; the cache is changed in place."""
+        input_ids_BL = input_ids_BL.to(self.device)
+        if self._head is not None:
+            out = self._model.base_model(input_ids=input_ids_BL, past_key_values=cache, use_cache=True)
+            logits_BV = self._head(out.last_hidden_state[:, -1])
+        else:
+            out = self._model(input_ids=input_ids_BL, past_key_values=cache, use_cache=True)
+            logits_BV = out.logits[:, -1]
+        if getattr(out, "past_key_values", None) is None:
+            raise DatasetError(f"the teacher, a {type(self._model).__name__}, has no KV cache, which generation needs; take another")
+        return logits_BV, out.past_key_values

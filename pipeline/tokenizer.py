@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,14 @@ class Tokenizer:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # type: ignore[no-any-return]
 
+    def ids(self) -> set[int]:
+        """Every id that stands for something; between them and above there can be holes."""
+        return set(self._tokenizer.get_vocab().values())
+
+    def special_ids(self) -> set[int]:
+        added = self._tokenizer.added_tokens_decoder
+        return set(self._tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
+
     def identity(self) -> dict[str, Any]:
         """What decides the tokens: a hash of the tokenizer's rules, its size and the special tokens."""
         return {"sha256": tokenizer_hash(self.folder), "length": len(self), "bos": self.bos, "eos": self.eos, "special_tokens_in_text": "spelled"}
@@ -87,7 +95,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             (target / f"{name}.tmp").rename(target / name)
 
 
-def find_tokenizer(recipe: config.Recipe) -> Path:
+def find_tokenizer(recipe: config.Work) -> Path:
     """The folder to read the tokenizer from. Raises DatasetError when neither the recipe nor the teacher names one."""
     if recipe.tokenizer.path is not None:
         own = Path(recipe.teacher.model or "")
@@ -110,6 +118,8 @@ def train(recipe: config.Recipe, corpus: Corpus, log: Any) -> Path:
     Raises DatasetError when the folder holds a tokenizer of other text or size.
     """
     assert recipe.tokenizer.path is not None
+    if recipe.corpus.ids_field is not None:
+        raise DatasetError(f"corpus.ids_field is {recipe.corpus.ids_field!r}: ids have a tokenizer already; name it in tokenizer.path")
     folder = Path(recipe.tokenizer.path)
     origin = {
         "vocab_size": recipe.tokenizer.vocab_size,
@@ -117,14 +127,16 @@ def train(recipe: config.Recipe, corpus: Corpus, log: Any) -> Path:
         "held_out": recipe.corpus.held_out,
         "files": [asdict(file) for file in corpus.files],
     }
+    if recipe.corpus.clean_up != "none":
+        origin["clean_up"] = recipe.corpus.clean_up
     if (folder / "tokenizer.json").exists():
         _check_origin(folder, origin)
         log(f"{folder} is up to date")
         return folder
-    split = replace(corpus.recipe, split="train" if recipe.corpus.held_out else "all")
-    texts = [document.text for document in Corpus(split, corpus.root, corpus.files).documents()]
+    chosen = corpus.of_split("train" if recipe.corpus.held_out else "all")
+    texts = [document.text for document in chosen.documents()]
     if not texts:
-        raise Corpus(split, corpus.root, corpus.files).nothing_found()
+        raise chosen.nothing_found()
     write_json(folder / "origin.json", origin)
     _save(_train_bpe(texts, recipe.tokenizer.vocab_size), folder)
     trained = Tokenizer(folder)

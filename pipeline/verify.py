@@ -2,6 +2,8 @@
 
 Every kept entry is redrawn from the noise stream: one that no draw explains is damage. That the realised token wins
 under the decoded noise needs no teacher: a kept entry has log p + g = log(p / (E + p E_0)) < -log E_0, the token's own.
+Text that a teacher wrote keeps no entries, but the token x is where E_i / p_i is least, so E_x / p_x is Exp(1) at every
+position, independently: noise or log-probs of other text stand out in one row. (`replay` asks the teacher itself.)
 Costs one pass over the bytes. Shapes: B rows, L block length, N positions with noise, K kept entries.
 """
 
@@ -13,18 +15,25 @@ import numpy as np
 import torch
 
 from noise import philox
-from noise.dataset import TOTALS, Manifest, Plan, Receipt, Totals, differences, open_shard
+from noise.dataset import TOTALS, Identity, Manifest, Plan, Receipt, Totals, differences, grows_from
 from noise.shard import Rows, ShardMetadata, ShardReader
 from noise.sketch import Sketch, dequantise, justified
 from noise.storage import DatasetError
 from pipeline.progress import Progress, say
 from pipeline.tokenizer import tokenizer_hash
 
+LARGEST_RATIO = 64.0
+"""E_x / p_x of a token that its noise chose: above this with probability e^-64."""
+IMPROBABLE = 40.0
+"""Nats of improbability at which the mean of a shard's ratios is taken for damage: e^-40."""
+
 
 def verify(folder: Path) -> Manifest:
     """Raises DatasetError that names the first file that is missing, damaged or not this dataset's."""
     manifest = Manifest.read(folder)
     changed = differences(Plan.read(folder).identity, manifest.identity)
+    if changed and grows_from(Plan.read(folder).identity, manifest.identity):
+        raise DatasetError(f"{folder} is being grown, and its manifest is the one from before; run `python -m pipeline extract` to finish")
     if changed:
         raise DatasetError(f"{folder}: plan.json and manifest.json have different identities: {'; '.join(changed)}")
     special = manifest.identity["tokenizer"]
@@ -33,18 +42,22 @@ def verify(folder: Path) -> Manifest:
     totals = manifest.totals
     with Progress("verify", "shards", len(manifest.receipts), totals["bytes"]) as progress:
         for receipt in manifest.receipts:
-            verify_shard(open_shard(folder, receipt, manifest.identity), receipt, special["bos"])
+            verify_shard(manifest.open(folder, receipt), receipt, manifest.identity)
             progress.advance(work=receipt.bytes, tokens=receipt.tokens)
     say(f"verify: {folder} is whole: {totals['rows']:,} rows, {totals['tokens']:,} positions with noise, root hash {manifest.root_hash}")
     return manifest
 
 
-def verify_shard(reader: ShardReader, receipt: Receipt, bos: int) -> None:
+def verify_shard(reader: ShardReader, receipt: Receipt, identity: Identity) -> None:
     metadata, counted, seen = reader.metadata, Totals(reader.metadata), 0
     ids: list[np.ndarray] = []
+    ratios: list[np.ndarray] = []
     for rows in reader:
-        check_tokens(reader.path, rows, metadata, seen, bos)
+        check_tokens(reader.path, rows, metadata, seen, identity["tokenizer"]["bos"])
         check_noise(reader.path, rows, metadata, seen)
+        if metadata.extraction == "sequential":
+            check_ends(reader.path, rows, seen, identity)
+            ratios.append(check_choices(reader.path, rows, metadata, seen))
         counted.add(rows)
         ids.append(rows.sequence_id)
         seen += len(rows)
@@ -54,6 +67,8 @@ def verify_shard(reader: ShardReader, receipt: Receipt, bos: int) -> None:
             raise DatasetError(f"{reader.path}: the receipt says {name} {getattr(receipt, name)}, the rows have {getattr(found, name)}")
     if seen and len(np.unique(np.concatenate(ids))) != seen:
         raise DatasetError(f"{reader.path}: a sequence_id occurs twice; the noise of two rows would be the same")
+    if ratios:
+        check_mean(reader.path, np.concatenate(ratios))
 
 
 def check_tokens(path: Path, rows: Rows, metadata: ShardMetadata, seen: int, bos: int) -> None:
@@ -63,9 +78,9 @@ def check_tokens(path: Path, rows: Rows, metadata: ShardMetadata, seen: int, bos
     _refuse(path, seen, (rows.input_ids < 0) | (rows.input_ids >= metadata.vocab_size), f"token id outside 0..{metadata.vocab_size - 1}")
     _refuse(path, seen, rows.input_ids[:, 0] != bos, f"the row does not begin with BOS ({bos})")
     _refuse(path, seen, padding_BL & (rows.input_ids != 0), "padding is not 0")
-    silent_BL = padding_BL | (place_L == 0) if metadata.extraction == "parallel" else np.ones_like(padding_BL)
+    silent_BL = ~rows.has_noise(metadata.extraction)
     _refuse(path, seen, silent_BL & (rows.log_prob != 0), "log_prob where there is no noise")
-    _refuse(path, seen, silent_BL & (rows.kept != 0), "kept entries where there is no noise")
+    _refuse(path, seen, (silent_BL | (metadata.extraction != "parallel")) & (rows.kept != 0), "kept entries where there is no noise")
     _refuse(path, seen, ~((rows.log_prob <= 0) & np.isfinite(rows.log_prob)), "log_prob is above 0 or not finite")
 
 
@@ -94,6 +109,43 @@ def check_noise(path: Path, rows: Rows, metadata: ShardMetadata, seen: int) -> N
     token_p = np.exp(rows.log_prob.reshape(-1)[position_N].astype(np.float64))
     bad_N = mass * np.exp(-metadata.step) + token_p > 1 + 1e-3
     _refuse(path, seen, np.bincount(position_N[bad_N] // metadata.block_length, minlength=len(rows)) > 0, "probabilities that add up to more than 1")
+
+
+def check_ends(path: Path, rows: Rows, seen: int, identity: Identity) -> None:
+    """What the teacher wrote follows what was given without a gap, and ends by the rule of the identity."""
+    L, eos = rows.input_ids.shape[1], identity["tokenizer"]["eos"]
+    last_B = rows.length - 1
+    written_BL = rows.has_noise("sequential")
+    given_B = written_BL.argmax(1)
+    _refuse(path, seen, written_BL.sum(1) != rows.length - given_B, "log_prob is 0 in the midst of what the teacher wrote, or everywhere")
+    if identity["generation"]["stop"] == "never":
+        _refuse(path, seen, rows.length != L, "the row does not fill its block")
+        return
+    ends_BL = written_BL & (rows.input_ids == eos)
+    _refuse(path, seen, ends_BL & (np.arange(L) != last_B[:, None]), f"the row goes on after EOS ({eos})")
+    _refuse(path, seen, (rows.length < L) & ~ends_BL.any(1), f"the row is shorter than its block and does not end in EOS ({eos})")
+
+
+def check_choices(path: Path, rows: Rows, metadata: ShardMetadata, seen: int) -> np.ndarray:
+    """E_x / p_x of every written token, float64 [N]; raises DatasetError where it is larger than chance makes it."""
+    row_N, position_N = (torch.from_numpy(at) for at in np.nonzero(rows.has_noise("sequential")))
+    rows_N5 = philox.rows(int(metadata.seed), torch.from_numpy(rows.sequence_id.view(np.int64).copy())[row_N], position_N)
+    token_N = torch.from_numpy(rows.input_ids.astype(np.int64))[row_N, position_N]
+    e_N = philox.exponential(philox.words_at(rows_N5, token_N)).numpy().astype(np.float64)
+    ratio_N: np.ndarray = e_N * np.exp(-rows.log_prob[row_N, position_N].astype(np.float64))
+    bad_N = ratio_N > LARGEST_RATIO
+    _refuse(path, seen, np.bincount(row_N.numpy()[bad_N], minlength=len(rows)) > 0, "a token that its noise and its log_prob do not choose")
+    return ratio_N
+
+
+def check_mean(path: Path, ratio_N: np.ndarray) -> None:
+    """The mean of N independent Exp(1) is m or farther from 1 with probability at most e^(-N (m - 1 - ln m)) (Chernoff)."""
+    mean = float(ratio_N.mean())
+    if len(ratio_N) * (mean - 1 - np.log(mean)) > IMPROBABLE:
+        raise DatasetError(
+            f"{path}: tokens, log_prob and noise do not belong together: E/p of the written tokens is {mean:.4f} on average over {len(ratio_N):,} "
+            "positions, and must be 1; the shard is damaged, fetch it again or remake it from its plan"
+        )
 
 
 def _refuse(path: Path, seen: int, bad: np.ndarray, reason: str) -> None:

@@ -19,9 +19,10 @@ from typing import Any
 
 from noise.dataset import Plan, Receipt
 from noise.storage import DatasetError
-from pipeline.config import Recipe, WorkError
+from pipeline.config import Work, WorkError
 from pipeline.extract import Job
-from pipeline.plan import corpus_of
+from pipeline.generate import Generation
+from pipeline.plan import corpus_of, documents_apart
 from pipeline.progress import Progress, RunLog
 from pipeline.tokenizer import Tokenizer
 
@@ -48,8 +49,8 @@ class Outcome:
 class Worker:
     """The body of an actor."""
 
-    def __init__(self, recipe: Recipe, root: str):
-        self._recipe, self._root = recipe, root
+    def __init__(self, recipe: Work, roots: list[str]):
+        self._recipe, self._roots = recipe, roots
 
     def load(self) -> Outcome:
         """Read plan, tokenizer and teacher."""
@@ -57,16 +58,15 @@ class Worker:
         try:
             folder = Path(self._recipe.output)
             plan = Plan.read(folder)
-            if not plan.environment["numerics"]["compile"]:
-                os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read when torch.compile is first used
             import torch
 
             from pipeline.teacher import Teacher
 
             torch.set_num_threads(self._recipe.teacher.threads)
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            teacher = Teacher(self._recipe.teacher, plan.identity["vocab_size"], device)
-            self._job = Job(folder, plan, corpus_of(self._recipe, plan, self._root), Tokenizer(folder / "tokenizer"), teacher)
+            teacher = Teacher(self._recipe.teacher, plan.identity["vocab_size"], device, documents_apart(plan.identity))
+            kind = Generation if plan.identity["extraction"] == "sequential" else Job
+            self._job = kind(folder, plan, corpus_of(self._recipe, plan, self._roots), Tokenizer(folder / "tokenizer"), teacher)
         except (DatasetError, OSError) as error:
             return Outcome(failure=str(error), fatal=True)
         return Outcome()
@@ -84,8 +84,8 @@ class Worker:
         return Outcome(receipt, seconds=round(time.monotonic() - began, 3), host=socket.gethostname(), pid=os.getpid())
 
 
-def extract(recipe: Recipe, job: Job, pending: list[int], progress: Progress, log: RunLog) -> dict[int, str]:
-    """Extract the pending shards; returns why each that failed did.
+def extract(recipe: Work, job: Job, pending: list[int], progress: Progress, log: RunLog) -> dict[int, str]:
+    """Make the pending shards, by extraction or generation as the job is; returns why each that failed did.
 
     Raises WorkError when no worker can load the teacher, workers keep dying, or the disk is full.
     """
@@ -93,7 +93,7 @@ def extract(recipe: Recipe, job: Job, pending: list[int], progress: Progress, lo
         return Driver(_absolute(recipe, job), job, progress, log).run(pending, count)
 
 
-def _absolute(recipe: Recipe, job: Job) -> Recipe:
+def _absolute(recipe: Work, job: Job) -> Work:
     """The recipe as workers need it: no relative path, the hub's revision pinned."""
     teacher = recipe.teacher
     assert teacher.model is not None
@@ -105,7 +105,7 @@ def _absolute(recipe: Recipe, job: Job) -> Recipe:
 
 
 @contextmanager
-def cluster(recipe: Recipe, shards: int) -> Iterator[int]:
+def cluster(recipe: Work, shards: int) -> Iterator[int]:
     """Ray, started here or joined; yields the number of workers. Raises WorkError when a cluster cannot be reached."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -157,7 +157,7 @@ def _begin(options: dict[str, Any], attempts: int) -> None:
                 raise WorkError(f"Ray at ray.address {options['address']!r} does not answer after {attempts} attempts: {reason}") from None
 
 
-def _local_workers(recipe: Recipe) -> int:
+def _local_workers(recipe: Work) -> int:
     import torch
 
     gpus = torch.cuda.device_count()
@@ -170,7 +170,7 @@ def _local_workers(recipe: Recipe) -> int:
 class Driver:
     """Hands shards to workers and replaces workers that die. `_tasks` maps a pending result to (actor, shard or None while loading)."""
 
-    recipe: Recipe
+    recipe: Work
     job: Job
     progress: Progress
     log: RunLog
@@ -196,7 +196,7 @@ class Driver:
     def _start(self) -> None:
         ray = _ray()
         gpus = self.recipe.ray.gpus if self.recipe.ray.gpus is not None else min(1, int(ray.cluster_resources().get("GPU", 0)))
-        actor = ray.remote(Worker).options(num_cpus=self.recipe.ray.cpus, num_gpus=gpus).remote(self.recipe, self.job.corpus.root)
+        actor = ray.remote(Worker).options(num_cpus=self.recipe.ray.cpus, num_gpus=gpus).remote(self.recipe, self.job.corpus.roots)
         self._tasks[actor.load.remote()] = (actor, None)
 
     def _feed(self, actor: Any) -> None:
@@ -223,7 +223,7 @@ class Driver:
         if outcome.receipt is not None:
             assert shard is not None
             self.log.write("shard", shard=shard, worker=outcome.host, pid=outcome.pid, seconds=outcome.seconds, receipt=asdict(outcome.receipt))
-            self.progress.advance(work=self.job.plan.shards[shard]["characters"], tokens=outcome.receipt.tokens)
+            self.progress.advance(work=self.job.work(shard), tokens=outcome.receipt.tokens)
         elif shard is not None:
             self.log.write("shard failed", shard=shard, reason=outcome.failure)
             self._failures[shard] = outcome.failure

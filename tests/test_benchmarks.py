@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import codec, floor, teachers
+from benchmarks import codec, floor, layout, teachers
+from benchmarks.rows import simulated
+from noise.shard import Layout
 from noise.sketch import Codec, encode
 from tests.noise.teachers import BigramTeacher, write_dataset
 
@@ -52,6 +54,29 @@ def test_an_ideal_coder_pays_less_than_the_format(printed: dict) -> None:
     for row in rows(printed, "sketch"):
         for ideal in row["ideal_bits"].values():
             assert 0 < ideal["which"] + ideal["codes"] < 8 * row["entry_bytes"]
+
+
+@pytest.mark.parametrize("vocab_size", [400, 70_000])
+def test_every_layout_gives_the_rows_back_and_those_of_the_format_have_its_columns(vocab_size: int, tmp_path: Path) -> None:
+    small = ["--distributions", "64", "--positions", "4", "--block_length", "9", "--repeats", "1", "--vocab_size", str(vocab_size)]
+    assert layout.main([*small, "--output", str(tmp_path / "layout.json")]) == 0  # it compares what it reads with what it wrote
+    found = json.loads((tmp_path / "layout.json").read_text())["rows"]["simulated"]
+    sizes = {row["name"]: row["bytes"] for row in found["layouts"]}
+    taken = next(row for row in found["layouts"] if "(version 2)" in row["name"])
+    columns = Layout.of(codec.metadata_of(Codec(vocab_size), 9))
+    assert (taken["input_ids"], taken["kept"]) == (str(columns.input_ids), str(columns.kept))
+    assert taken["entries"] == ("packed" if list(columns.entries) == ["entry"] else "columns")
+    assert taken["bytes"] == min(size for name, size in sizes.items() if name in ("version 1", "narrow ids and counts", taken["name"]))
+    assert taken["held"] == 0 and all(row["shuffled"] > 0 and row["once"] > 0 for row in found["layouts"])
+
+
+def test_rows_drawn_from_the_law_of_the_sketch_keep_as_many_entries_as_the_theorem_says() -> None:
+    sketch = Codec(300, 0.125, 3)
+    made = simulated(sketch, block_length=200, distributions=64, seed=1)
+    log_probs_NV = teachers.simulated(300, 64, 1, seed=2).log_probs_NV.double()
+    moved_NV = -torch.expm1(-3 * torch.log1p(log_probs_NV.exp() / sketch.c))
+    expected = float((moved_NV * (1 - log_probs_NV.exp())).sum(1).mean())  # the token, drawn from p, is left out
+    assert len(made.index) / (64 * 199) == pytest.approx(expected, rel=0.05)
 
 
 def test_results_say_when_and_on_what_and_name_no_machine(printed: dict) -> None:

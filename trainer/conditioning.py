@@ -7,6 +7,7 @@
 
 The scale of drafts and readout is softplus of a linear function of the hidden state: a position whose context is known
 trusts its noise, one whose context is still open does not. Without noise a draft is softmax(logits) alone.
+Noise comes as a tensor, or unmade (`noise.lazy`); then it passes by in chunks (`streamed`).
 Shapes: N masked positions, V vocabulary, H hidden.
 """
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from noise.lazy import Noise
+from trainer import streamed
 from trainer.config import NoiseConfig
 
 
@@ -33,6 +36,8 @@ def check(noise: NoiseConfig, layers: int) -> None:
             f"student.noise.input is none, so student.noise.projection ({noise.projection}) and prior ({noise.prior}) would be ignored; "
             "set student.noise.input, or drop them"
         )
+    if noise.stream and not noise.readout and not noise.drafts:
+        raise ValueError("student.noise.stream is set, but no readout or draft reads the noise, and the input streams it always; drop it")
     if noise.draft_restart and not noise.drafts:
         raise ValueError("student.noise.draft_restart is set, but student.noise.drafts names no layer; name one, or drop it")
     if len(set(noise.drafts)) < len(noise.drafts) or any(not 1 <= layer <= layers for layer in noise.drafts):
@@ -53,12 +58,14 @@ class NoiseInput(nn.Module):
         if config.prior == "unigram":
             self.register_buffer("log_unigram_V", torch.zeros(vocab_size))
 
-    def forward(self, mask_H: Tensor, g_NV: Tensor, embedding_VH: Tensor) -> Tensor:
+    def forward(self, mask_H: Tensor, g_NV: Tensor | Noise, embedding_VH: Tensor) -> Tensor:
         """What stands at the masked positions, [N, H]."""
-        if self.config.prior == "unigram":
-            g_NV = g_NV + self.log_unigram_V
-        share_NV = g_NV.softmax(-1)
-        seen_NH = self.projection(share_NV) if self.projection is not None else share_NV @ embedding_VH
+        weight_VH = self.projection.weight.T if self.projection is not None else embedding_VH
+        log_prior_V = self.log_unigram_V if self.config.prior == "unigram" else None
+        if isinstance(g_NV, Noise):
+            seen_NH = streamed.project(g_NV, weight_VH, log_prior_V)
+        else:
+            seen_NH = (g_NV if log_prior_V is None else g_NV + log_prior_V).softmax(-1) @ weight_VH
         return seen_NH if self.config.input == "replace" else seen_NH + mask_H
 
 
@@ -71,8 +78,9 @@ class Readout(nn.Module):
         nn.init.zeros_(self.scale.weight)
         nn.init.zeros_(self.scale.bias)
 
-    def forward(self, logits_NV: Tensor, hidden_NH: Tensor, g_NV: Tensor) -> Tensor:
-        return logits_NV + F.softplus(self.scale(hidden_NH)).float() * g_NV
+    def forward(self, logits_NV: Tensor, hidden_NH: Tensor, g_NV: Tensor | Noise) -> Tensor:
+        scale_N1 = F.softplus(self.scale(hidden_NH)).float()
+        return streamed.add(logits_NV, scale_N1, g_NV) if isinstance(g_NV, Noise) else logits_NV + scale_N1 * g_NV
 
 
 class Draft(nn.Module):
@@ -85,7 +93,7 @@ class Draft(nn.Module):
         self.embed = nn.Linear(hidden, hidden, bias=False)
         nn.init.eye_(self.embed.weight)
 
-    def forward(self, logits_NV: Tensor, hidden_NH: Tensor, g_NV: Tensor | None, embedding_VH: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, logits_NV: Tensor, hidden_NH: Tensor, g_NV: Tensor | Noise | None, embedding_VH: Tensor) -> tuple[Tensor, Tensor]:
         """The draft's logits [N, V] and what it adds at the masked positions [N, H]."""
         if self.readout is not None and g_NV is not None:
             logits_NV = self.readout(logits_NV, hidden_NH, g_NV)

@@ -24,6 +24,8 @@ class NoiseConfig:
     """After each of these layers (1 = after the first), re-embed softmax(logits + scale g) at the masked positions."""
     draft_restart: bool = False
     """A draft starts the stream again: the known tokens' embeddings, the draft's at the masked positions, and a learned share of what was there."""
+    stream: bool = False
+    """Make the noise again wherever a readout or draft reads it, chunk by chunk, in training: less memory, more time. The input does so always."""
     draft_weight: float = 0.1
     """Weight of each draft's own cross-entropy in the loss."""
 

@@ -58,7 +58,9 @@ def test_sequential_noise_is_the_prior_draw_that_wrote_the_text(tmp_path: Path) 
     ids = torch.zeros(50, 2, dtype=torch.int64)
     g = philox.gumbel(philox.rows(int(plan.identity["seed"]), torch.arange(50), torch.ones(50, dtype=torch.int64)), VOCAB)
     ids[:, 1] = (next_log_probs(teacher)[0] + g).argmax(1)
-    commit_shard(tmp_path, plan.metadata(0), [rows_of(teacher, plan.metadata(0), ids, torch.full((50,), 2))], 0)
+    rows = rows_of(teacher, plan.metadata(0), ids, torch.full((50,), 2))
+    rows.log_prob[:, 1] = next_log_probs(teacher)[0][ids[:, 1]]
+    commit_shard(tmp_path, plan.metadata(0), [rows], 0)
     Manifest.write(tmp_path, plan)
     assert (reconstruct(Oracle(), NoiseDataset(tmp_path), 50, 1, "random", seed=1) == 1).all()  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""A second reader, written from DESIGN.md alone with numpy and pyarrow: nothing of `noise` is imported.
+"""A second reader, written from docs/format.md and DESIGN.md alone with numpy and pyarrow: nothing of `noise` is imported.
 
 It answers whether the specification suffices to read a dataset, and checks what a dataset claims: hashes, receipts, the
 schema, and, given the teacher's own log-probs, every bound of the sketch at every entry. Arithmetic is float64.
@@ -61,26 +61,28 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """A shard's columns, after its schema was compared with the table in DESIGN.md."""
+    """A shard's columns, of either format version, after its schema was compared with the table in docs/format.md."""
     file = pa.ipc.open_file(path.read_bytes())
     metadata = json.loads(file.schema.metadata[b"gumbel"])
     block_length, vocab_size, epsilon = metadata["block_length"], metadata["vocab_size"], metadata["epsilon"]
-    check(metadata["format_version"] == 1 and metadata["step"] == min(epsilon, 1 / 8), "version and step")
+    check(metadata["format_version"] in (1, 2) and metadata["step"] == min(epsilon, 1 / 8), "version and step")
+    second = metadata["format_version"] == 2
     index = pa.uint16() if vocab_size <= 65536 else pa.uint32()
     code = pa.uint8() if metadata["step"] == 1 / 8 else pa.uint16()
+    few = vocab_size <= 256 or metadata["draws"] / math.expm1(epsilon) <= 8
+    packed = second and 65536 < vocab_size <= 2**24 and code == pa.uint8()
 
     def plain(kind: pa.DataType) -> pa.Field:
         return pa.field("item", kind, nullable=False)
 
     types = {
         "sequence_id": pa.uint64(),
-        "input_ids": pa.list_(plain(pa.int32()), block_length),
+        "input_ids": pa.list_(plain(pa.uint16() if second and vocab_size <= 65536 else pa.int32()), block_length),
         "length": pa.int32(),
         "log_prob": pa.list_(plain(pa.float32()), block_length),
-        "kept": pa.list_(plain(pa.uint16()), block_length),
-        "index": pa.large_list(plain(index)),
-        "code": pa.large_list(plain(code)),
+        "kept": pa.list_(plain(pa.uint8() if second and few else pa.uint16()), block_length),
     }
+    types |= {"entry": pa.large_list(plain(pa.uint32()))} if packed else {"index": pa.large_list(plain(index)), "code": pa.large_list(plain(code))}
     check(file.schema.equals(pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])), f"schema of {path.name}")
     batches = [file.get_batch(number) for number in range(file.num_record_batches)]
     check(all(len(batch) == 64 for batch in batches[:-1]) and 0 < len(batches[-1]) <= 64, "record batches of 64 rows")
@@ -89,6 +91,9 @@ def read_shard(path: Path) -> Shard:
         parts = [batch.column(name) if kind in (pa.uint64(), pa.int32()) else batch.column(name).flatten() for batch in batches]
         flat = np.concatenate([part.to_numpy() for part in parts])
         columns[name] = flat.reshape(-1, block_length) if pa.types.is_fixed_size_list(kind) else flat
+    if packed:
+        entry = columns.pop("entry")
+        columns |= {"index": entry >> 8, "code": (entry & 255).astype(np.uint8)}
     check(len(columns["index"]) == len(columns["code"]) == columns["kept"].sum(), "counts of kept entries")
     return Shard(metadata, columns)
 

@@ -11,7 +11,7 @@ import torch
 
 from noise import philox, sketch
 from noise.dataset import Identity, Manifest, Plan, commit_shard, default_seed
-from noise.shard import Rows, ShardMetadata
+from noise.shard import FORMAT_VERSION, Rows, ShardMetadata
 
 SHAPES = ("flat", "peaked", "zipf", "random", "two-way", "one-hot", "on the grid", "vanishing tail", "impossible tail")
 
@@ -92,8 +92,7 @@ def rows_of(teacher: BigramTeacher, metadata: ShardMetadata, ids_BL: torch.Tenso
         length_B.numpy().astype(np.int32),
         log_prob_BL.numpy(),
         kept_BL.numpy().astype(np.uint16),
-        index_K.numpy().astype(f"uint{8 * codec.index_bytes}"),
-        code_K.numpy().astype(f"uint{8 * codec.code_bytes}"),
+        (index_K.numpy().astype(f"uint{8 * codec.index_bytes}"), code_K.numpy().astype(f"uint{8 * codec.code_bytes}")),
         np.concatenate([[0], kept_BL.sum(1).cumsum(0).numpy()]),
     )
 
@@ -101,7 +100,7 @@ def rows_of(teacher: BigramTeacher, metadata: ShardMetadata, ids_BL: torch.Tenso
 def identity_of(codec: sketch.Codec, block_length: int, extraction: str = "parallel") -> Identity:
     """An identity as small as the format allows, with a field that stands for the corpus."""
     value: Identity = {
-        "format_version": 1, "vocab_size": codec.vocab_size, "block_length": block_length, "extraction": extraction,
+        "format_version": FORMAT_VERSION, "vocab_size": codec.vocab_size, "block_length": block_length, "extraction": extraction,
         "epsilon": codec.epsilon, "draws": codec.draws, "corpus": {"files": [{"path": "a.txt", "sha256": "ab"}], "text_field": "text"},
     }  # fmt: skip
     return value | {"seed": str(default_seed(value))}

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from noise import philox
 from tests.noise import reference
+from tests.noise.paths import PATHS, through
 
 SEED, SEQUENCE, POSITION, DRAW = 0xFEDCBA9876543210, 0x8000000300000007, 2**24 - 2, 200
 
@@ -93,6 +95,42 @@ def test_words_at_equals_words() -> None:
     words_NV = philox.words(rows_N5, 1003)
     owner_K, index_K = torch.randint(20, (500,)), torch.randint(1003, (500,))
     assert torch.equal(philox.words_at(rows_N5[owner_K], index_K), words_NV[owner_K, index_K])
+
+
+@pytest.mark.parametrize("vocab_size", [2, 50_257, 151_936, 200_003])
+def test_the_last_words_of_a_vocabulary_are_the_reference_words(vocab_size: int) -> None:
+    row_15 = philox.rows(SEED, torch.tensor([signed(SEQUENCE)]), torch.tensor([POSITION]), DRAW)
+    last = range(max(0, vocab_size - 5), vocab_size)
+    assert philox.words(row_15, vocab_size)[0, last.start :].tolist() == [reference.word(SEED, SEQUENCE, POSITION, DRAW, i) for i in last]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("vocab_size", [3, 10_007, 70_000])
+def test_gumbel_is_minus_log_of_the_exponential(path: str, vocab_size: int) -> None:
+    rows_N5 = some_rows(9)
+    exact_NV = -torch.log(-torch.log1p(-philox.uniform(philox.words(rows_N5, vocab_size)).double()))
+    with through(path):
+        torch.testing.assert_close(philox.gumbel(rows_N5, vocab_size).double(), exact_NV, atol=4e-7, rtol=4e-7)
+
+
+def test_neighbours_in_every_coordinate_of_the_stream_are_independent_uniforms() -> None:
+    """Entries of one block and of the next, positions, draws, sequences, their high words, seeds and theirs: flat 16 x 16 tables."""
+    place_N = torch.arange(50_000)
+
+    def u(entry: int = 0, seed: int = 9, sequence_id: int = 0, position: int = 1, draw: int = 0) -> np.ndarray:
+        rows_N5 = philox.rows(seed, place_N // 10_000 + sequence_id, position + place_N % 10_000, draw)
+        return philox.uniform(philox.words_at(rows_N5, torch.full_like(place_N, entry))).double().numpy()
+
+    e0_N = philox.winner_exponential(philox.rows(9, place_N // 10_000, 1 + place_N % 10_000))
+    neighbours = {
+        "lane": u(entry=1), "block": u(entry=4), "position": u(position=2), "draw": u(draw=1), "sampling": u(draw=128),
+        "sequence": u(sequence_id=1), "sequence's high word": u(sequence_id=1 << 32),
+        "seed": u(seed=10), "seed's high word": u(seed=9 + (1 << 32)), "E_0": np.exp(-e0_N.double().numpy()),
+    }  # fmt: skip
+    for name, other_N in neighbours.items():
+        table = np.histogram2d(u(), other_N, 16, ((0, 1), (0, 1)))[0].reshape(-1)
+        assert stats.chisquare(table).pvalue > 1e-4, name
+        assert stats.kstest(other_N, "uniform").pvalue > 1e-4, name
 
 
 @pytest.mark.parametrize("vocab_size", [2, 3, 4, 5, 1001, 1003])

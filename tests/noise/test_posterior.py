@@ -55,7 +55,7 @@ def joint(u_N: np.ndarray, v_N: np.ndarray) -> float:
     return float(stats.chisquare(np.histogram2d(u_N, v_N, 8, ((0, 1), (0, 1)))[0].reshape(-1)).pvalue)
 
 
-def extracted(shape: str, extract: Extract, vocab_size: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def extracted(shape: str, extract: Extract, vocab_size: int = 5, draw: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Noise of tokens x ~ p for many positions of rows of 100: log-probs, tokens, g."""
     # one order of entries everywhere, so that entry 0 keeps its role: likely, so mostly the token
     logits_V = {"flat": torch.zeros(vocab_size), "peaked": -2.0 * torch.arange(vocab_size)}.get(shape)
@@ -65,13 +65,13 @@ def extracted(shape: str, extract: Extract, vocab_size: int = 5) -> tuple[torch.
         log_probs_NV = torch.log_softmax(logits_V, -1).expand(POSITIONS, vocab_size)
     token_N = teachers.sample(log_probs_NV, seed=4)
     place_N = torch.arange(POSITIONS)
-    rows_N5 = philox.rows(11, place_N // 100, place_N % 100)
+    rows_N5 = philox.rows(11, place_N // 100, place_N % 100, draw)
     return log_probs_NV, token_N, extract(log_probs_NV, token_N, rows_N5)
 
 
-@pytest.mark.parametrize("shape", ["flat", "peaked", "random"])
-def test_noise_of_sampled_tokens_is_independent_gumbel(shape: str) -> None:
-    _, _, g_NV = extracted(shape, posterior_gumbel)
+@pytest.mark.parametrize(("shape", "draw"), [("flat", 0), ("peaked", 0), ("random", 0), ("random", 1), ("peaked", 127)])
+def test_noise_of_sampled_tokens_is_independent_gumbel(shape: str, draw: int) -> None:
+    _, _, g_NV = extracted(shape, posterior_gumbel, draw=draw)
     found = p_values(g_NV)
     assert min(found.values()) > SMALLEST, found
 
@@ -100,6 +100,18 @@ def test_the_token_is_the_argmax_even_when_it_was_not_sampled(shape: str, vocab_
     g_NV = posterior_gumbel(log_probs_NV, token_N, philox.rows(1, torch.arange(300), torch.ones(300, dtype=torch.int64)))
     assert torch.isfinite(g_NV).all()
     assert torch.equal((log_probs_NV.double() + g_NV.double()).argmax(1), token_N)
+
+
+def test_near_ties_cost_no_more_than_float32_has() -> None:
+    """Some E_i are a millionth of p_i E_0 or less, so that an entry all but ties with the token."""
+    log_probs_NV = teachers.log_probs("flat", 3000, 1000, seed=8)
+    token_N = teachers.sample(log_probs_NV, 8)
+    rows_N5 = philox.rows(3, torch.arange(3000), torch.arange(3000))
+    score_NV = log_probs_NV.double() + posterior_gumbel(log_probs_NV, token_N, rows_N5).double()
+    rival_N = score_NV.scatter(1, token_N[:, None], -torch.inf).max(1).values
+    lead_N = score_NV.gather(1, token_N[:, None])[:, 0] - rival_N
+    assert float(lead_N.min()) < 1e-3, "near ties are among them"
+    assert float(lead_N.min()) > -1e-5
 
 
 @pytest.mark.parametrize("p_x", [1e-3, 1e-10, 1e-30, 1e-37])

@@ -1,4 +1,4 @@
-"""DESIGN.md alone is enough to read a dataset: another reader finds the same noise and every promised bound."""
+"""The specification alone is enough to read a dataset: another reader finds the same noise and every promised bound."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.noise import second_reader
 from tests.noise.teachers import BigramTeacher, write_dataset
 
 
-@pytest.fixture(scope="module", params=[(97, 0.125, 1), (70_000, 0.1, 2)], ids=["narrow", "wide"])
+@pytest.fixture(scope="module", params=[(97, 0.125, 1), (70_000, 0.1, 2), (70_000, 0.125, 1)], ids=["narrow", "wide", "packed"])
 def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sketch.Codec]:
     """Three shards for narrow codes and ids; one short one for wide ones."""
     codec = sketch.Codec(*request.param)
@@ -36,7 +36,9 @@ class WideTeacher(BigramTeacher):
         return torch.stack([torch.stack([log_probs_V.roll(-int(last)) for last in row]) for row in before_BL])
 
     def texts(self, count: int, block_length: int, seed: int) -> torch.Tensor:
-        return torch.randint(self.vocab_size, (count, block_length), generator=torch.Generator().manual_seed(seed))
+        ids_BL = torch.randint(self.vocab_size, (count, block_length), generator=torch.Generator().manual_seed(seed))
+        ids_BL[:, 0] = 0
+        return ids_BL
 
 
 def teacher_of(codec: sketch.Codec) -> BigramTeacher:

@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 COLUMNS = ("sequence_id", "input_ids", "length", "log_prob", "kept", "index", "code", "offset")
 
 
-def metadata_of(codec: Codec, extraction: str = "parallel", block_length: int = 12) -> ShardMetadata:
-    return Plan(identity_of(codec, block_length, extraction), {}, []).metadata(3)
+def metadata_of(codec: Codec, extraction: str = "parallel", block_length: int = 12, compression: str = "none") -> ShardMetadata:
+    return Plan(identity_of(codec, block_length, extraction) | {"compression": compression}, {}, []).metadata(3)
 
 
 def rows(count: int, codec: Codec | None = None, extraction: str = "parallel") -> tuple[ShardMetadata, Rows]:
@@ -49,8 +49,7 @@ def file_of(metadata: ShardMetadata, parts: list[Rows]) -> bytes:
 
 def assert_same(ours: Rows, theirs: Rows) -> None:
     for column in COLUMNS:
-        a, b = getattr(ours, column), getattr(theirs, column)
-        assert a.dtype == b.dtype and np.array_equal(a, b), column
+        assert np.array_equal(getattr(ours, column), getattr(theirs, column)), column
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +62,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize("codec", [Codec(97), Codec(300, 0.1, 4)], ids=["one-byte codes", "two-byte codes"])
-def test_rows_come_back_as_they_went_in(tmp_path: Path, count: int, codec: Codec) -> None:
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_rows_come_back_as_they_went_in(tmp_path: Path, count: int, codec: Codec, compression: str) -> None:
     metadata, written = rows(count, codec)
+    metadata = replace(metadata, compression=compression)
     (tmp_path / "x.arrow").write_bytes(file_of(metadata, [written]))
     reader = ShardReader(tmp_path / "x.arrow")
     batches = list(reader)
@@ -105,20 +106,22 @@ def test_schema_is_the_documented_one() -> None:
     schema = pa.ipc.open_file(file_of(metadata, [written])).schema
     assert [(field.name, str(field.type), field.nullable) for field in schema] == [
         ("sequence_id", "uint64", False),
-        ("input_ids", "fixed_size_list<item: int32 not null>[12]", False),
+        ("input_ids", "fixed_size_list<item: uint16 not null>[12]", False),
         ("length", "int32", False),
         ("log_prob", "fixed_size_list<item: float not null>[12]", False),
-        ("kept", "fixed_size_list<item: uint16 not null>[12]", False),
+        ("kept", "fixed_size_list<item: uint8 not null>[12]", False),
         ("index", "large_list<item: uint16 not null>", False),
         ("code", "large_list<item: uint8 not null>", False),
     ]
     said = json.loads(schema.metadata[b"gumbel"])
     assert sorted(said) == sorted(
-        ["format_version", "seed", "epsilon", "step", "draws", "vocab_size", "block_length", "extraction", "shard", "identity_hash"]
+        ["format_version", "seed", "epsilon", "step", "draws", "vocab_size", "block_length", "extraction", "shard", "identity_hash", "compression"]
     )
-    assert said["format_version"] == 1 and isinstance(said["seed"], str) and said["step"] == 0.125
+    assert said["format_version"] == 2 and isinstance(said["seed"], str) and said["step"] == 0.125
     wide = [str(field.type) for field in ShardWriter(io.BytesIO(), metadata_of(Codec(65_537, 0.1))).schema][-2:]
     assert wide == ["large_list<item: uint32 not null>", "large_list<item: uint16 not null>"]
+    packed = ShardWriter(io.BytesIO(), metadata_of(Codec(65_537))).schema
+    assert (packed.names[-1], str(packed.types[-1])) == ("entry", "large_list<item: uint32 not null>")
 
 
 def test_reading_copies_nothing(whole: tuple[Path, Any, Any]) -> None:
@@ -129,10 +132,37 @@ def test_reading_copies_nothing(whole: tuple[Path, Any, Any]) -> None:
     assert all(not getattr(batch, column).flags.owndata for batch in batches for column in COLUMNS if column != "offset")
 
 
+def test_packed_entries_are_views_until_they_are_asked_for(tmp_path: Path) -> None:
+    metadata = metadata_of(Codec(70_000))
+    index, code = np.array([0, 65_536, 69_999, 5], np.uint32), np.array([255, 0, 7, 31], np.uint8)
+    kept = np.zeros((2, 12), np.uint16)
+    kept[0, 1], kept[1, 3] = 3, 1
+    ids, length = np.full((2, 12), 69_999, np.int32), np.full(2, 12, np.int32)
+    written = Rows(np.arange(2, dtype=np.uint64), ids, length, np.zeros((2, 12), np.float32), kept, (index, code), np.array([0, 3, 4]))
+    (tmp_path / "x.arrow").write_bytes(file_of(metadata, [written]))
+    found = ShardReader(tmp_path / "x.arrow").batch(0)
+    assert len(found.entries) == 1 and not found.entries[0].flags.owndata
+    assert_same(found, written)
+    assert_same(found[1:2], written[1:2])
+    assert file_of(metadata, [found]) == file_of(metadata, [written]) == file_of(metadata, [found[:1], found[1:]])
+    (tmp_path / "x.arrow").write_bytes(file_of(metadata, [replace(written, entries=(index + 1, code))]))
+    with pytest.raises(DatasetError, match="a kept entry is not below vocab_size 70000"):
+        ShardReader(tmp_path / "x.arrow").batch(0)
+
+
+def test_compression_is_smaller_and_says_so_in_the_file_itself(tmp_path: Path) -> None:
+    _, written = rows(200)
+    plain, compressed = (file_of(metadata_of(Codec(97), compression=kind), [written]) for kind in ("none", "zstd"))
+    assert len(compressed) < 0.8 * len(plain)
+    assert pa.ipc.open_file(compressed).read_all().equals(pa.ipc.open_file(plain).read_all())
+
+
 def test_values_that_do_not_fit_their_column_are_refused() -> None:
     metadata, written = rows(3)
     with pytest.raises(pa.ArrowInvalid):
-        file_of(metadata, [replace(written, kept=written.kept.astype(np.int64) + 2**16)])
+        file_of(metadata, [replace(written, kept=written.kept.astype(np.int64) + 2**8)])
+    with pytest.raises(pa.ArrowInvalid):
+        file_of(metadata_of(Codec(70_000)), [replace(written, entries=(written.index, written.code.astype(np.uint16) + 2**8))])
 
 
 @given(size=st.integers(0, 10**6))
@@ -171,9 +201,10 @@ class copied:  # noqa: N801
         (self.folder / "shards" / "00000.arrow").unlink()
 
 
-def test_without_a_hash_damage_gives_rows_or_one_kind_of_error_and_never_a_crash(whole: tuple[Path, Any, Any], tmp_path: Path) -> None:
-    folder, receipt, _ = whole
-    (tmp_path / "x.arrow").write_bytes((folder / "shards" / receipt.file).read_bytes())
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_without_a_hash_damage_gives_rows_or_one_kind_of_error_and_never_a_crash(tmp_path: Path, compression: str) -> None:
+    metadata, written = rows(130)
+    (tmp_path / "x.arrow").write_bytes(file_of(replace(metadata, compression=compression), [written]))
     arguments = ["-m", "tests.noise.flip_bytes", str(tmp_path / "x.arrow"), "1000", "1"]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"the reader died of {done.returncode}: {done.stderr}"
@@ -202,9 +233,9 @@ def changes() -> Iterator[tuple[str, dict[str, Any], str]]:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), kind), type=pa.list_(pa.field("item", kind, nullable=False), 12))
 
     yield "length", {"length": pa.array(written.length * 0, pa.int32())}, "a length is outside 1..12"
-    yield "token", {"input_ids": fixed(written.input_ids + 97, pa.int32())}, "a token id is not below vocab_size 97"
-    yield "negative token", {"input_ids": fixed(written.input_ids - 97, pa.int32())}, "a token id is not below vocab_size 97"
-    yield "counts", {"kept": fixed(written.kept * 0, pa.uint16())}, "counts in 'kept' do not add up"
+    yield "token", {"input_ids": fixed(written.input_ids + 97, pa.uint16())}, "a token id is not below vocab_size 97"
+    yield "wide ids", {"input_ids": fixed(written.input_ids, pa.int32())}, r"format version 2 has .*input_ids: fixed_size_list<item: uint16"
+    yield "counts", {"kept": fixed(written.kept * 0, pa.uint8())}, "counts in 'kept' do not add up"
     yield "entry", {"index": lists(written.index + 97, written.offset, pa.uint16())}, "a kept entry is not below vocab_size 97"
     moved = written.offset.copy()
     moved[1:-1] = moved[-1] // 2
@@ -229,19 +260,20 @@ def test_record_batches_of_other_sizes_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "has format version 2; this code reads version 1"),
+        ({"format_version": 3}, "has format version 3; this code reads versions 1 and 2"),
         ({"seed": 5}, "field seed is 5, expected str"),
         ({"seed": "x"}, "invalid literal"),
         ({"seed": str(2**64)}, "out of range"),
         ({"epsilon": 0.8}, "epsilon is 0.8"),
         ({"step": 0.1}, "out of range: step 0.1"),
+        ({"compression": "lz4"}, "compression is 'lz4'"),
         ({"extraction": "guessed"}, "extraction is 'guessed'"),
         ({"draws": True}, "field draws is True"),
         ({"vocab_size": None}, "field vocab_size is None"),
         ({"block_length": 2**25}, "block_length 33554432"),
     ],
 )
-def test_metadata_that_is_not_version_one_is_refused_by_field(change: dict[str, Any], message: str) -> None:
+def test_metadata_that_is_not_allowed_is_refused_by_field(change: dict[str, Any], message: str) -> None:
     said = vars(metadata_of(Codec(97))) | change
     with pytest.raises(DatasetError, match=message):
         ShardMetadata.from_json(said, "x.arrow")

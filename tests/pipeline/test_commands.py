@@ -56,6 +56,7 @@ def test_naming_a_teacher_takes_its_own_tokenizer_unless_one_is_named() -> None:
         ({"noise.extraction": "sequential"}, "noise.extraction is 'sequential'"),
         ({"noise.extraction": "none", "noise.epsilon": 0.7}, "epsilon is 0.7; it must be in [2^-10, ln 2)"),
         ({"noise.extraction": "none", "noise.draws": 0}, "draws is 0"),
+        ({"noise.compression": "lz4"}, "noise.compression is 'lz4'; it must be one of none, zstd"),
         ({"teacher.model": None}, "there is no teacher"),
         ({"teacher.model": "/no/such/folder"}, "neither a folder"),
         ({"noise.extraction": "none", "tokenizer.path": "/no/such/folder"}, "python -m pipeline tokenizer"),
@@ -127,6 +128,19 @@ def test_extract_is_idempotent_and_verify_and_inspect_agree_with_it(finished: Wo
     assert value["root_hash"] in capsys.readouterr().out
 
 
+def test_zstd_makes_the_same_rows_in_fewer_bytes_and_is_part_of_the_identity(finished: World) -> None:
+    plain, compressed = finished.output, finished.root / "compressed"
+    assert finished.run("extract", noise__extraction="none", noise__compression="zstd", output=compressed) == 0
+    assert main(["verify", str(compressed)]) == 0
+    ours, theirs = Manifest.read(plain), Manifest.read(compressed)
+    assert (ours.identity["compression"], theirs.identity["compression"]) == ("none", "zstd")
+    assert theirs.totals["bytes"] < 0.8 * ours.totals["bytes"]
+    for a, b in zip(ours.receipts, theirs.receipts, strict=True):
+        batches = zip(open_shard(plain, a, ours.identity), open_shard(compressed, b, theirs.identity), strict=True)
+        assert all((x.input_ids == y.input_ids).all() and (x.length == y.length).all() for x, y in batches)
+    assert "format version, compression | 2, zstd" in (compressed / "README.md").read_text()
+
+
 def test_held_out_and_training_data_have_their_own_seeds(finished: World) -> None:
     held_out = finished.root / "held_out"
     assert finished.run("extract", noise__extraction="none", corpus__split="held_out", output=held_out) == 0
@@ -196,7 +210,7 @@ def damage(world: World, kind: str) -> None:
         (world.output / "tokenizer" / "tokenizer.json").write_text("{}")
     elif kind == "version":
         plan = json.loads((world.output / "manifest.json").read_text())
-        plan["identity"]["format_version"] = 2
+        plan["identity"]["format_version"] = 3
         (world.output / "manifest.json").write_text(json.dumps(plan))
 
 
@@ -208,7 +222,7 @@ def damage(world: World, kind: str) -> None:
         ("missing", "00001.arrow is missing"),
         ("unfinished", "is unfinished"),
         ("tokenizer", "is not the tokenizer of this dataset"),
-        ("version", "format version 2; this code reads version 1"),
+        ("version", "format version 3; this code reads versions 1 and 2"),
     ],
 )
 def test_verify_names_the_damage(finished: World, kind: str, message: str) -> None:

@@ -1,19 +1,10 @@
-"""Extraction on real Ray processes: the number of workers, killed workers and killed drivers change no byte.
+"""Extraction on real Ray processes: the number of workers, killed workers and killed drivers change no byte."""
 
-A driver reports to run.jsonl, which is a pipe here: the test reads it line by line, and a driver that is not read from
-waits. So each kill happens at a known place, without clocks.
-"""
-
-import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,9 +12,8 @@ from noise.dataset import Manifest, committed
 from noise.sketch import Codec
 from pipeline.__main__ import main
 from pipeline.verify import verify
-from tests.pipeline.world import World, environment, save_teacher, shard_hashes, write_corpus
-
-ONE_PAGE = 4096  # the smallest pipe: about ten events
+from tests.pipeline.driver import driver
+from tests.pipeline.world import World, save_teacher, shard_hashes, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -45,48 +35,9 @@ def undisturbed(world: World) -> Path:
     return world.root / "undisturbed"
 
 
-class Driver:
-    """`python -m pipeline extract` in a process of its own, whose run.jsonl is read event by event."""
-
-    def __init__(self, arguments: list[str], events: int):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", "extract", *arguments],
-            env=environment(),
-            cwd=Path(__file__).parents[2],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._events = os.fdopen(events, "rb", buffering=0)
-
-    def next(self, kind: str) -> dict[str, Any]:
-        """The next event of a kind; those before it are left behind."""
-        while True:
-            line = b""
-            while not line.endswith(b"\n"):
-                line += self._events.read(1)
-            event: dict[str, Any] = json.loads(line)
-            if event["event"] == kind:
-                return event
-
-
-@contextmanager
-def driver(dataset: Path, arguments: list[str]) -> Iterator[Driver]:
-    dataset.mkdir()
-    os.mkfifo(dataset / "run.jsonl")
-    events = os.open(dataset / "run.jsonl", os.O_RDWR)
-    fcntl.fcntl(events, fcntl.F_SETPIPE_SZ, ONE_PAGE)
-    running = Driver(arguments, events)
-    try:
-        yield running
-    finally:
-        running.process.kill()
-        running.process.communicate()
-        (dataset / "run.jsonl").unlink()
-
-
 def test_killed_worker_and_killed_driver_change_no_byte_and_two_workers_make_what_one_makes(world: World, undisturbed: Path) -> None:
     dataset, arguments = world.root / "disturbed", options(world, "disturbed", ray__workers=2)
-    with driver(dataset, arguments) as running:
+    with driver(dataset, ["extract", *arguments]) as running:
         os.kill(running.next("shard")["pid"], signal.SIGKILL)
         assert running.next("worker died")["times"] == 1
         running.next("shard")

@@ -148,7 +148,7 @@ def test_what_decides_bits_cannot_change_within_a_dataset(world: World) -> None:
 
 def test_a_worker_reports_a_full_disk_as_fatal_and_commits_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     made = job(world, "full")
-    worker = Worker(world.recipe(output=made.folder, teacher__model=world.root / "teacher"), made.corpus.root)
+    worker = Worker(world.recipe(output=made.folder, teacher__model=world.root / "teacher"), made.corpus.roots)
     assert not worker.load().failure
 
     def full(descriptor: int) -> None:
@@ -172,9 +172,11 @@ def test_verify_finds_an_entry_that_the_noise_stream_does_not_explain(world: Wor
     rows = list(open_shard(made.folder, receipts[0], made.plan.identity))
     code = rows[0].code.copy()
     code[3] = 255  # a probability of e^-31.9 moves nothing
-    forged = commit_shard(made.folder / "forgery", made.plan.metadata(0), [replace(rows[0], code=code), *rows[1:]], receipts[0].characters_in)
+    forged = commit_shard(
+        made.folder / "forgery", made.plan.metadata(0), [replace(rows[0], entries=(rows[0].index, code)), *rows[1:]], receipts[0].characters_in
+    )
     with pytest.raises(DatasetError, match=r"00000\.arrow, row 0: a kept entry that no draw of the noise stream explains"):
-        verify_shard(open_shard(made.folder / "forgery", forged, made.plan.identity), forged, made.plan.identity["tokenizer"]["bos"])
+        verify_shard(open_shard(made.folder / "forgery", forged, made.plan.identity), forged, made.plan.identity)
 
 
 def test_blocks_of_the_dataset_have_the_length_of_the_recipe(world: World) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from noise import philox
 from noise.dataset import Manifest, Plan, commit_shard
-from noise.shard import Rows
+from noise.shard import FORMAT_VERSION, Rows
 from noise.sketch import Codec, encode
 
 
@@ -26,7 +26,7 @@ def write_chain(folder: Path, rows: int = 200, block_length: int = 8, vocab_size
                 seed: int = 77, draws: int = 1, text_seed: int = 1, ragged: bool = False) -> Path:  # fmt: skip
     """A finished dataset of chain samples; rows may be shorter than the block when `ragged`."""
     identity = {
-        "format_version": 1, "vocab_size": vocab_size, "block_length": block_length, "extraction": extraction,
+        "format_version": FORMAT_VERSION, "vocab_size": vocab_size, "block_length": block_length, "extraction": extraction,
         "seed": str(seed), "epsilon": 0.125, "draws": draws, "rows": rows, "text_seed": text_seed,
     }  # fmt: skip
     plan = Plan(identity, {}, list(range(shards)))
@@ -59,5 +59,5 @@ def _rows(count: int, length: int, log_p: torch.Tensor, plan: Plan, shard: int, 
         index, code = sketch.index_K.numpy().astype(np.uint16), sketch.code_K.numpy().astype(np.uint8)
     offset = np.concatenate([[0], np.cumsum(kept.sum(1, dtype=np.int64))])
     return Rows(
-        sequence_id.numpy().astype(np.uint64), ids.numpy().astype(np.int32), lengths.numpy().astype(np.int32), log_prob, kept, index, code, offset
+        sequence_id.numpy().astype(np.uint64), ids.numpy().astype(np.int32), lengths.numpy().astype(np.int32), log_prob, kept, (index, code), offset
     )

@@ -1,6 +1,7 @@
 """Students against known answers: losses, information flow, noise options, folders."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,18 @@ def test_the_nelbo_is_the_equation(batch):
         expected -= float((logits.log_softmax(-1)[torch.arange(len(token)), token] / t[row]).sum().detach())
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
     assert float(figures["nelbo"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_streamed_noise_gives_the_loss_and_gradients_of_noise_that_is_made_once(batch):
+    results = []
+    for stream in (False, True):
+        torch.manual_seed(0)
+        student = build(config(noise=replace(EVERYTHING, stream=stream)), V, L)
+        loss = student(batch, Chance(3, 5, 64))[0]
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in student.parameters())])
+    for made, streamed in zip(*results, strict=True):
+        torch.testing.assert_close(made, streamed, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("noise", [NoiseConfig(), EVERYTHING], ids=["none", "everything"])

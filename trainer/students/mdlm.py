@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noise.philox import gumbel
+from noise.lazy import Noise
 from trainer.backbone import Backbone
 from trainer.chance import Chance
 from trainer.conditioning import Draft, NoiseInput, Readout, check
@@ -39,8 +39,13 @@ class MDLM(nn.Module):
         """float32 [N, V] at the positions where ids int64 [B, L] hold the mask id, given their noise float32 [N, V]."""
         return self.predict(ids_BL, g_NV, length_B)[0]
 
-    def predict(self, ids_BL: Tensor, g_NV: Tensor | None, length_B: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Output logits [N, V] and each draft's, [N, V]."""
+    def predict(self, ids_BL: Tensor, g_NV: Tensor | Noise | None, length_B: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Output logits [N, V] and each draft's, [N, V].
+
+        Unmade noise is made here, once, where a readout or draft reads it and it is not streamed.
+        """
+        if isinstance(g_NV, Noise) and not self.noise.stream and (self.drafts or self.readout is not None):
+            g_NV = g_NV.dense()
         model, length = self.model, ids_BL.shape[1]
         where_N = (ids_BL.flatten() == self.mask_id).nonzero()[:, 0]
         keys = None
@@ -94,11 +99,11 @@ class MDLM(nn.Module):
             figures[f"draft_{number}"] = draft.detach()
         return loss, figures
 
-    def _noise(self, batch: Batch, chance: Chance, where_N: Tensor, noise_of: Batch | None) -> Tensor | None:
+    def _noise(self, batch: Batch, chance: Chance, where_N: Tensor, noise_of: Batch | None) -> Noise | None:
         length = batch.input_ids_BL.shape[1]
         if self.noise.kind == "none":
             return None
         if self.noise.kind == "independent":
             rows_N5 = chance.fresh_rows(batch.sequence_id_B[where_N // length], where_N % length)
-            return gumbel(rows_N5, batch.codec.vocab_size)
-        return (noise_of or batch).noise_at(where_N)
+            return Noise.prior(rows_N5, batch.codec.vocab_size)
+        return (noise_of or batch).lazy_noise_at(where_N)
