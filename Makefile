@@ -13,11 +13,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test lint constraints clean-demo
+.PHONY: help install demo test test-faults lint constraints clean-demo
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
-	@echo "Targets: demo test lint install constraints clean-demo"
+	@echo "Targets: demo test test-faults lint install constraints clean-demo"
 
 install: $(STAMP)
 
@@ -53,6 +53,10 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Real clusters whose workers, nodes and drivers are killed; several minutes.
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults
 
 constraints:
 	{ head -1 constraints.txt; $(PIP) freeze --exclude-editable | sed 's/ @ .*//; s/+[a-z0-9.]*$$//'; } > constraints.new

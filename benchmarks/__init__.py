@@ -6,9 +6,15 @@
     rows       rows to lay out, for layout
     cross_entropy  python -m benchmarks.cross_entropy  how well kept entries, samples and top-k stand for the teacher in token-level distillation
     estimators     their weights and exact errors, for cross_entropy
+    encode     python -m benchmarks.encode    what extraction adds to a teacher's forward, and how far from the machine's limit it is
+    decode     python -m benchmarks.decode    what noise adds to a student's training step, from the sketch and from a teacher in the loop
+    cost       python -m benchmarks.cost      GPU hours, bytes and requests of a dataset before it is made: an estimate, or from measured rates
+    scale      python -m benchmarks.scale     a second worker's help, and what a worker does beside its teacher
+    driver     python -m benchmarks.driver    resuming 100,000 shards: seconds and memory until work starts
+    machine    this machine's limits, times within rounds, peak memory
     teachers   the distributions that are measured: simulated ones at any vocabulary, a real causal LM's on a dataset's rows
     floor      what the kept entries cost an ideal coder that rebuilds the noise stream
-    results    the JSON of a benchmark, with date, hardware and versions
+    results    their command line, their table, and their JSON with date, hardware and versions
 
 A figure in the documentation names the command that printed it.
 """

@@ -33,9 +33,9 @@ from benchmarks.teachers import Distributions
 from noise import philox
 from noise.compiled import compiled
 from noise.posterior import posterior_gumbel
-from noise.shard import FORMAT_VERSION, ROWS_PER_BATCH, Layout, Rows, ShardMetadata, ShardReader, ShardWriter
+from noise.shard import FORMAT_VERSION, ROWS_PER_BATCH, Rows, ShardMetadata, ShardReader, ShardWriter
 from noise.sketch import Codec, Sketch, decode, encode, select
-from noise.storage import DatasetError
+from pipeline import estimate
 
 CHUNK = 32  # positions at a time
 Figures = dict[str, Any]
@@ -79,20 +79,14 @@ class Config:
 
 
 def format_bytes(codec: Codec, kept: float, block_length: int) -> float:
-    """Bytes a position with noise by arithmetic from the format: columns and list offsets, without Arrow's headers.
-
-    At each of L positions an id, a log-prob of 4 and a count; a row's sequence_id 8, length 4 and an offset of 8 for each of its
-    lists (one more in each record batch of 64); and the kept entries. L - 1 positions of a row have noise.
-    """
-    layout = Layout.of(metadata_of(codec, block_length))
-    position = 4 + (layout.input_ids.bit_width + layout.kept.bit_width) // 8
-    row = position * block_length + 8 + 4 + 8 * len(layout.entries) * (1 + 1 / ROWS_PER_BATCH)
-    return row / (block_length - 1) + kept * entry_bytes(codec)
+    """Bytes a position with noise by arithmetic from the format (pipeline/estimate.py); L - 1 positions of a row have noise."""
+    metadata = metadata_of(codec, block_length)
+    return estimate.row_bytes(metadata) / (block_length - 1) + kept * estimate.entry_bytes(metadata)
 
 
 def entry_bytes(codec: Codec) -> int:
     """Of one kept entry."""
-    return sum(kind.bit_width for kind in Layout.of(metadata_of(codec, 2)).entries.values()) // 8
+    return estimate.entry_bytes(metadata_of(codec, 2))
 
 
 def metadata_of(codec: Codec, block_length: int, seed: int = 1) -> ShardMetadata:
@@ -250,20 +244,13 @@ def run(config: Config) -> Figures:
 
 def show(name: str, figures: Figures) -> None:
     """Print one teacher's table."""
-    from rich.console import Console
-    from rich.table import Table
-
     title = (
         f"{name}: V = {figures['vocab_size']:,}, {figures['positions']:,} positions, entropy {figures['entropy']:.2f} nats, "
         f"top {figures['top']:.2f}, outside 64 {figures['outside_64']:.3f}"
     )
     caption = "kept: measured (theory); entries: their bytes; ideal: the same for an ideal coder that knows the tail / each entry's frequency"
-    table = Table(title=title, caption=caption)
-    for column in ("codec", "bytes a token", "kept", "total variation", "its worst", "worst error", "entries", "ideal"):
-        table.add_column(column, justify="left" if column == "codec" else "right")
-    for row in figures["codecs"]:
-        table.add_row(*_cells(row))
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    columns = ("codec", "bytes a token", "kept", "total variation", "its worst", "worst error", "entries", "ideal")
+    results.show(title, columns, [_cells(row) for row in figures["codecs"]], caption)
 
 
 def _cells(row: Figures) -> list[str]:
@@ -278,24 +265,13 @@ def _cells(row: Figures) -> list[str]:
     return [name, f"{row['bytes']:,.2f}", about[0], *loss, *about[1:]]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    from jsonargparse import ArgumentParser, set_parsing_settings
+def _measure_and_show(config: Config) -> None:
+    for name, figures in run(config)["teachers"].items():
+        show(name, figures)
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m benchmarks.codec", description=__doc__)
-    parser.add_argument("--config", action="config", help="A recipe: YAML with the settings below.")
-    parser.add_class_arguments(Config)
-    try:
-        values = vars(parser.instantiate(parser.parse_args(arguments)))
-        values.pop("config", None)
-        config = Config(**values)
-        for name, figures in run(config)["teachers"].items():
-            show(name, figures)
-    except (DatasetError, ValueError) as error:
-        print(f"benchmarks.codec: {error}", file=sys.stderr)
-        return 1
-    print(f"figures: {config.output}")
-    return 0
+
+def main(arguments: list[str] | None = None) -> int:
+    return results.command("codec", __doc__ or "", Config, _measure_and_show, arguments)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from benchmarks.estimators import MEANS, TAILS, Account, Figures, Student, Weigh
 from benchmarks.teachers import Distributions
 from noise import estimate, philox
 from noise.sketch import Codec, encode
-from noise.storage import DatasetError
 
 CHUNK = 32  # positions at a time
 
@@ -184,18 +183,11 @@ def run(config: Config) -> Figures:
 
 def show(name: str, figures: Figures) -> None:
     """Print one teacher's tables, one for each student."""
-    from rich.console import Console
-    from rich.table import Table
-
+    columns = ("estimator", "bytes", "kept", "bias", *(f"rmse {n:,}" for n in MEANS), *(f"gradient {n:,}" for n in MEANS[1:]))
     for student, found in figures["students"].items():
         title = f"{name}, entropy {figures['entropy']:.2f}; student {student}: cross-entropy {found['cross_entropy']:.3f} nats"
         caption = "rmse: of a mean over so many tokens (measured through the encoder); gradient: of the mean's, over a position's own length"
-        table = Table(title=title, caption=caption)
-        for column in ("estimator", "bytes", "kept", "bias", *(f"rmse {n:,}" for n in MEANS), *(f"gradient {n:,}" for n in MEANS[1:])):
-            table.add_column(column, justify="left" if column == "estimator" else "right")
-        for row in found["estimators"]:
-            table.add_row(*_cells(row))
-        Console(width=None if sys.stdout.isatty() else 140).print(table)
+        results.show(title, columns, [_cells(row) for row in found["estimators"]], caption)
 
 
 def _cells(row: Figures) -> list[str]:
@@ -208,24 +200,13 @@ def _cells(row: Figures) -> list[str]:
     return [name, f"{row['bytes']:,.1f}", f"{row['kept']:.2f}" if "kept" in row else "", f"{row['bias']:+.4f}", *rmse, *gradient]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    from jsonargparse import ArgumentParser, set_parsing_settings
+def _measure_and_show(config: Config) -> None:
+    for name, figures in run(config)["teachers"].items():
+        show(name, figures)
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m benchmarks.cross_entropy", description=__doc__)
-    parser.add_argument("--config", action="config", help="A recipe: YAML with the settings below.")
-    parser.add_class_arguments(Config)
-    try:
-        values = vars(parser.instantiate(parser.parse_args(arguments)))
-        values.pop("config", None)
-        config = Config(**values)
-        for name, figures in run(config)["teachers"].items():
-            show(name, figures)
-    except (DatasetError, ValueError) as error:
-        print(f"benchmarks.cross_entropy: {error}", file=sys.stderr)
-        return 1
-    print(f"figures: {config.output}")
-    return 0
+
+def main(arguments: list[str] | None = None) -> int:
+    return results.command("cross_entropy", __doc__ or "", Config, _measure_and_show, arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ decoder that believes entry i's probability has the distribution function F_i pa
     -log2 F_i(tau_i)                        for an entry that is not kept
     -log2 (F_i(top) - F_i(bottom))          for a kept one; bottom = max(tau_i, its code's lower edge), top its upper edge
 
-`docs/noise.md` has the derivation. F is learned from other positions: `pooled` is one F for the whole vocabulary, `by frequency`
+`docs/measured.md` has the derivation. F is learned from other positions: `pooled` is one F for the whole vocabulary, `by frequency`
 one for each class of entries by corpus frequency. Below that lies only a model of language; with the teacher itself the cost is zero.
 
 Shapes: N positions measured, M positions learned from, V vocabulary, C frequency classes, Z bins of -ln p.

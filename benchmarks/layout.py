@@ -34,7 +34,6 @@ from benchmarks.teachers import Distributions
 from noise import philox
 from noise.shard import ROWS_PER_BATCH, ZSTD_LEVEL, Rows
 from noise.sketch import Codec
-from noise.storage import DatasetError
 
 Array = npt.NDArray[Any]
 Figures = dict[str, Any]
@@ -253,9 +252,6 @@ def _figures(laid: Rows, source: Distributions, codec: Codec, config: Config) ->
 
 def show(name: str, figures: Figures) -> None:
     """Print one table."""
-    from rich.console import Console
-    from rich.table import Table
-
     lowest = figures["floor"]
     title = (
         f"{name}: V = {figures['vocab_size']:,}, {figures['rows']:,} rows of {figures['block_length']:,}, {figures['kept']:.2f} entries kept a token"
@@ -264,33 +260,18 @@ def show(name: str, figures: Figures) -> None:
         f"speeds are ratios to version 1's; an entry's rank by E: {lowest['rank_bytes']:.2f} bytes a token where its index takes "
         f"{lowest['index_bytes']:.2f}, and ordering the V words of a position takes {lowest['rank_cost']:.1f} times as long as making them"
     )
-    table = Table(title=title, caption=caption)
-    for column in ("layout", "bytes a token", "shuffled", "once", "held"):
-        table.add_column(column, justify="left" if column == "layout" else "right")
-    for row in figures["layouts"]:
-        table.add_row(row["name"], f"{row['bytes']:.2f}", f"{row['shuffled']:.2f}", f"{row['once']:.2f}", f"{row['held']:.2f}")
-    table.add_row("floor", f"{lowest['bytes']:.2f}", "", "", "")
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    rows = [[row["name"], *(f"{row[of]:.2f}" for of in ("bytes", "shuffled", "once", "held"))] for row in figures["layouts"]]
+    rows.append(["floor", f"{lowest['bytes']:.2f}", "", "", ""])
+    results.show(title, ("layout", "bytes a token", "shuffled", "once", "held"), rows, caption)
+
+
+def _measure_and_show(config: Config) -> None:
+    for name, figures in run(config).items():
+        show(name, figures)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m benchmarks.layout", description=__doc__)
-    parser.add_argument("--config", action="config", help="A recipe: YAML with the settings below.")
-    parser.add_class_arguments(Config)
-    try:
-        values = vars(parser.instantiate(parser.parse_args(arguments)))
-        values.pop("config", None)
-        config = Config(**values)
-        for name, figures in run(config).items():
-            show(name, figures)
-    except (DatasetError, ValueError) as error:
-        print(f"benchmarks.layout: {error}", file=sys.stderr)
-        return 1
-    print(f"figures: {config.output}")
-    return 0
+    return results.command("layout", __doc__ or "", Config, _measure_and_show, arguments)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@
 #
 # Submit from the checkout, after `make install` there, on a file system that all nodes see; so must be --output, and HF_HOME.
 # A job that is preempted or loses its first node is queued again and continues. To go on after the time limit, submit the same
-# line several times: of one name, one runs at a time, and those after the last shard end at once.
+# line several times: of one name, one runs at a time, and those after the last shard end at once. Nodes are taken whole, since
+# symmetric-run ends with `ray stop`, which stops every Ray of this user on the node.
 #
 #SBATCH --job-name=gumbel
 #SBATCH --dependency=singleton
 #SBATCH --nodes=4
+#SBATCH --exclusive
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
@@ -27,7 +29,10 @@ export PATH="$PWD/.venv/bin:$PATH"
 export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600  # seconds; nodes may be slow to import from a shared file system
 
-address=$(hostname -I | cut -d' ' -f1):$((20000 + SLURM_JOB_ID % 20000))  # this script runs on the first node; jobs that share one need other ports
+export RAY_AUTH_MODE=token  # without it, whoever reaches the port can run code as you
+ray get-auth-token --generate > /dev/null 2>&1  # a file in the home that nodes share; one that is there stays
+
+address=$(hostname -I | cut -d' ' -f1):6379  # this script runs on the first node
 gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs: --gpus-per-node}
 
 # --no-kill, --kill-on-bad-exit=0: the loss of one node is not the end of the others

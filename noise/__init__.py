@@ -5,12 +5,17 @@ The data flow of this room, one file each:
     philox      the counter-based stream: (seed, sequence, position, draw) -> exponentials E, equal on every device
     posterior   Algorithm 1 of the paper in exponential space: log-probs and a token -> the noise that chose it
     sketch      the epsilon-sketch: the few entries the teacher moved -> kept entries, and back to dense noise
+    candidates  the fast search for those entries, from logits, without exp
+    lazy        noise that is made where it is read, a chunk of the vocabulary at a time
     estimate    kept entries -> the teacher's cross-entropy for token-level distillation, without bias
     shard       kept entries and tokens -> one Arrow file, memory-mapped on the way back
     dataset     identity, plan, receipts, manifest: what makes a folder of shards a dataset
+    folder      where a dataset is: this machine or a store, behind the few operations that a dataset needs
+    stores      s3:// and gs://: addresses, retries, errors in words
     storage     atomic writes and hashes
-    compiled    torch.compile where there is a compiler, the same source eager where there is none
+    compiled    machine code where it can be had: torch.compile, numba; the same results without
+    native      the stream's words and the search, for numba
 
-Imports torch, numpy and pyarrow, and nothing else of the project.
+Imports torch, numpy, pyarrow, numba where it is installed, and nothing else of the project.
 Shape suffixes: N positions that have noise, V vocabulary, K kept entries, B rows, L block length, R draws.
 """

@@ -10,17 +10,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from noise import stores
+from noise.folder import Folder, Where
 from noise.shard import EXTRACTIONS, Rows, ShardMetadata, ShardReader, ShardWriter, check_version
 from noise.sketch import Codec
-from noise.storage import DatasetError, canonical_json, checked_fields, read_json, sha256_file, sha256_text, temporary_name, write_json
+from noise.storage import DatasetError, canonical_json, checked_fields, parse_json, readable_json, sha256_file, sha256_text
 
 Identity = dict[str, Any]
 CODEC_FIELDS = ("format_version", "vocab_size", "block_length", "extraction", "seed", "epsilon", "draws")
@@ -129,10 +132,16 @@ def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
         prefix = f"{path}." if path else ""
         return [line for name in names for line in differences(ours.get(name), theirs.get(name), prefix + name)]
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        return [line for at, pair in enumerate(zip(ours, theirs, strict=True)) for line in differences(*pair, f"{path}[{at}]")]
+        return [line for at, pair in enumerate(zip(ours, theirs, strict=True)) for line in differences(*pair, f"{path}[{_name(at, *pair)}]")]
     if ours == theirs:
         return []
     return [f"{path}: {_brief(ours)} here, {_brief(theirs)} there"]
+
+
+def _name(at: int, ours: Any, theirs: Any) -> Any:
+    """What people know an item of two lists by: a file's path, else its place."""
+    paths = {item.get("path") if isinstance(item, dict) else None for item in (ours, theirs)}
+    return (paths.pop() or at) if len(paths) == 1 else at
 
 
 def _brief(value: Any) -> str:
@@ -160,12 +169,13 @@ class Plan:
     def _owners(self) -> Owners:
         return owners(self.identity)
 
-    def write(self, folder: Path) -> None:
+    def write(self, where: Where) -> None:
         """Write plan.json, also over the plan of a dataset that this one grows from.
 
         Raises DatasetError, by field, if the folder holds a plan of another identity.
         """
-        if (folder / "plan.json").exists():
+        folder = Folder.of(where)
+        if folder.exists("plan.json"):
             standing = Plan.read(folder).identity
             changed = differences(self.identity, standing)
             if not changed:
@@ -175,18 +185,23 @@ class Plan:
                 raise DatasetError(
                     f"{folder} already holds a dataset of another identity:\n  {lines}\nchoose another output folder, or restore what changed"
                 )
-        write_json(folder / "plan.json", {"identity_hash": identity_hash(self.identity), **asdict(self)})
+        self.rewrite(folder)
+
+    def rewrite(self, where: Where) -> None:
+        """Write plan.json whatever is there: for what is outside the identity."""
+        Folder.of(where).put_json("plan.json", {"identity_hash": identity_hash(self.identity), **asdict(self)})
 
     @classmethod
-    def read(cls, folder: Path) -> Plan:
-        value = read_json(folder / "plan.json")
-        identity = check_identity(value, folder / "plan.json")
+    def read(cls, where: Where) -> Plan:
+        folder = Folder.of(where)
+        value, path = folder.json("plan.json"), folder.path("plan.json")
+        identity = check_identity(value, path)
         if not isinstance(value.get("shards"), list) or not isinstance(value.get("environment"), dict):
-            raise DatasetError(f"{folder / 'plan.json'} lacks its list of shards or its environment")
+            raise DatasetError(f"{path} lacks its list of shards or its environment")
         return cls(identity, value["environment"], value["shards"])
 
 
-def check_identity(value: dict[str, Any], path: Path) -> Identity:
+def check_identity(value: dict[str, Any], path: str) -> Identity:
     """The identity of a plan or manifest, after its hash, version and codec fields were checked."""
     identity = value.get("identity")
     if not isinstance(identity, dict):
@@ -206,12 +221,8 @@ def shard_name(shard: int) -> str:
     return f"{shard:05d}.arrow"
 
 
-def receipt_path(folder: Path, shard: int) -> Path:
-    return folder / "shards" / f"{shard:05d}.json"
-
-
-def read_receipt(path: Path) -> Receipt:
-    return _receipt(read_json(path), str(path))
+def receipt_name(shard: int) -> str:
+    return f"{shard:05d}.json"
 
 
 def _receipt(value: Any, name: str) -> Receipt:
@@ -232,50 +243,93 @@ def _quarantined(value: dict[str, Any], name: str) -> tuple[Quarantined, ...]:
     return tuple(Quarantined(**checked_fields(Quarantined, row, f"{name}: a quarantined row")) for row in found)
 
 
-def committed(folder: Path) -> dict[int, Receipt]:
-    """Receipts on disk by shard number; from listing and reading receipts alone."""
-    found = {path: read_receipt(path) for path in sorted((folder / "shards").glob("*.json"))}
-    for path, receipt in found.items():
-        if path != receipt_path(folder, receipt.shard):
-            raise DatasetError(f"{path} is the receipt of shard {receipt.shard}, which belongs in {receipt_path(folder, receipt.shard).name}")
-    return {receipt.shard: receipt for receipt in found.values()}
+def committed(where: Where) -> dict[int, Receipt]:
+    """Receipts by shard number, all of them read."""
+    folder = Folder.of(where)
+    names = [receipt_name(shard) for shard in sorted(listed(folder))]
+    found: dict[int, Receipt] = {}
+    for name, content in zip(names, folder.read_all(f"shards/{name}" for name in names), strict=True):
+        path = folder.path(f"shards/{name}")
+        receipt = _receipt(parse_json(content, path), path)
+        if name != receipt_name(receipt.shard):
+            raise DatasetError(f"{path} is the receipt of shard {receipt.shard}, which belongs in {receipt_name(receipt.shard)}")
+        found[receipt.shard] = receipt
+    return found
+
+
+def listed(where: Where) -> set[int]:
+    """Numbers of the shards that are committed, from one listing: no receipt is opened."""
+    return {int(name[:-5]) for name in Folder.of(where).sizes("shards") if re.fullmatch(r"\d{5,}\.json", name)}
 
 
 def commit_shard(
-    folder: Path,
+    where: Where,
     metadata: ShardMetadata,
     rows: Iterable[Rows],
     characters_in: int,
     tokens_dropped: int = 0,
     quarantined: Sequence[Quarantined] = (),
 ) -> Receipt:
-    """Write one shard under a temporary name, then commit it: the file's rename, then its receipt.
+    """Write one shard where nobody sees it, then commit it: the file under its name, then its receipt.
 
     A receipt that is there already wins, and this writer's own work is discarded. Returns the receipt that stands.
     `quarantined` is read when all rows have been: what makes the rows may add to it.
     """
-    path, done = folder / "shards" / shard_name(metadata.shard), receipt_path(folder, metadata.shard)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    folder, name = Folder.of(where), shard_name(metadata.shard)
     totals = Totals(metadata)
-    try:
-        with temporary.open("wb") as file:
-            writer = ShardWriter(file, metadata)
-            for part in rows:
-                writer.add(part)
-                totals.add(part)
-            writer.close()
-            file.flush()
-            os.fsync(file.fileno())
-        receipt = totals.receipt(path.name, sha256_file(temporary), temporary.stat().st_size, characters_in)
-        receipt = replace(receipt, tokens_dropped=tokens_dropped, quarantined=tuple(quarantined))
-        if done.exists():
-            return read_receipt(done)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    write_json(done, receipt.to_json())
-    return receipt
+    with folder.draft(f"shards/{name}") as draft:
+        writer = ShardWriter(draft, metadata)
+        for part in rows:
+            writer.add(part)
+            totals.add(part)
+        writer.close()
+        draft.flush()
+        os.fsync(draft.fileno())
+        receipt = totals.receipt(name, sha256_file(draft), os.fstat(draft.fileno()).st_size, characters_in)
+        return _commit(folder, draft, replace(receipt, tokens_dropped=tokens_dropped, quarantined=tuple(quarantined)))
+
+
+COMMITS = 8
+"""How often a writer looks whether file and receipt belong together when another one writes other bytes of its shard at the same time."""
+
+
+def _commit(folder: Folder, draft: BinaryIO, receipt: Receipt) -> Receipt:
+    """Of several writers of a shard at once, whose bytes may differ, file and receipt of one stay: never one's file under another's receipt.
+
+    On this machine the lock sees to it; where there are no locks, a file that was replaced before its writer looked is found by its inode,
+    and its receipt withdrawn. On a store nothing is exclusive, so whoever has put a file or a receipt then reads both back, and puts both again
+    unless they belong together: the last to put anything is the last to check. The one with the greater hash waits for the other first, or two
+    could undo each other's work for ever. (Killed in between it leaves a mismatch, which every reader refuses by its hash.)
+    """
+    shard, done = f"shards/{receipt.file}", f"shards/{receipt_name(receipt.shard)}"
+    ours = readable_json(receipt.to_json()).encode()
+    with folder.lock():
+        if folder.exists(done):
+            return _read_receipt(folder, done)
+        folder.publish(draft, shard)
+        folder.put_new(done, ours)
+        for attempt in range(COMMITS):
+            standing = _read_receipt(folder, done)
+            if folder.holds(draft, shard, standing.sha256):
+                return standing
+            if not folder.publishes_again:
+                break
+            stores.pause(attempt)
+            if standing.sha256 >= receipt.sha256 or attempt >= COMMITS // 2:
+                folder.publish(draft, shard)
+                folder.put(done, ours)
+        folder.remove(done)
+    raise DatasetError(f"{folder.path(shard)}: another writer makes other bytes of this shard at the same time; stop one of the two and run again")
+
+
+def _read_receipt(folder: Folder, name: str) -> Receipt:
+    """A store's client asks for a file's length and then for its bytes: one that is replaced in between is read torn, and read again."""
+    for attempt in range(COMMITS if folder.publishes_again else 1):
+        if attempt:
+            stores.pause(attempt - 1)
+        with contextlib.suppress(DatasetError):
+            return _receipt(folder.json(name), folder.path(name))
+    return _receipt(folder.json(name), folder.path(name))
 
 
 class Totals:
@@ -315,18 +369,23 @@ class Manifest:
     def _owners(self) -> Owners:
         return owners(self.identity)
 
-    def open(self, folder: Path, receipt: Receipt, check_hash: bool = True) -> ShardReader:
+    def open(self, folder: Where, receipt: Receipt, check_hash: bool = True) -> ShardReader:
         """As `open_shard`; the identity, which can name 100,000 files, is hashed once."""
-        return _open_shard(folder, receipt, _owner(self._owners, receipt.shard), check_hash)
+        return _open_shard(Folder.of(folder), receipt, _owner(self._owners, receipt.shard), check_hash)
 
     @classmethod
-    def write(cls, folder: Path, plan: Plan, extra: dict[str, Any] | None = None) -> Manifest:
-        """Write manifest.json from the receipts on disk. Raises DatasetError naming the shards that are not committed."""
+    def write(cls, where: Where, plan: Plan, extra: Callable[[list[Receipt]], dict[str, Any]] | None = None) -> Manifest:
+        """Write manifest.json from the receipts. Raises DatasetError naming the shards that are not committed, or not as their receipts say.
+
+        `extra` makes more fields of the receipts; they are for people, and no hash depends on them.
+        """
+        folder = Folder.of(where)
         receipts = committed(folder)
         absent = [shard for shard in range(len(plan.shards)) if shard not in receipts]
         if absent:
             raise DatasetError(f"{folder} is unfinished: {len(absent)} of {len(plan.shards)} shards are not committed, first {absent[0]}")
         ordered = [receipts[shard] for shard in range(len(plan.shards))]
+        _check_sizes(folder, ordered)
         manifest = cls(plan.identity, ordered, root_hash(plan.identity, ordered))
         value = {
             "identity": plan.identity,
@@ -335,25 +394,26 @@ class Manifest:
             "receipts": [receipt.to_json() for receipt in ordered],
             "root_hash": manifest.root_hash,
         }
-        write_json(folder / "manifest.json", {**(extra or {}), **value})
+        folder.put_json("manifest.json", {**(extra(ordered) if extra else {}), **value})
         return manifest
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, where: Where) -> Manifest:
         """Raises DatasetError when the dataset is unfinished, of another format version, or its manifest was edited."""
-        path = folder / "manifest.json"
-        if not path.exists():
-            if (folder / "plan.json").exists():
+        folder = Folder.of(where)
+        path = folder.path("manifest.json")
+        if not folder.exists("manifest.json"):
+            if folder.exists("plan.json"):
                 command = "generate" if Plan.read(folder).identity["extraction"] == "sequential" else "extract"
                 raise DatasetError(
                     f"{folder} is unfinished (a plan, no manifest); run `python -m pipeline {command}` again, it continues where it stopped"
                 )
             raise DatasetError(f"{folder} is not a noise dataset: it has no manifest.json")
-        value = read_json(path)
+        value = folder.json("manifest.json")
         identity = check_identity(value, path)
         if not isinstance(value.get("receipts"), list):
             raise DatasetError(f"{path} has no list of receipts")
-        receipts = [_receipt(item, str(path)) for item in value["receipts"]]
+        receipts = [_receipt(item, path) for item in value["receipts"]]
         if [receipt.shard for receipt in receipts] != list(range(len(receipts))):
             raise DatasetError(f"{path}: receipts are not in shard order")
         manifest = cls(identity, receipts, root_hash(identity, receipts))
@@ -362,22 +422,39 @@ class Manifest:
         return manifest
 
 
-def open_shard(folder: Path, receipt: Receipt, identity: Identity, check_hash: bool = True) -> ShardReader:
-    """A committed shard, checked against its receipt (size, hash) and the dataset's identity."""
-    return _open_shard(folder, receipt, _owner(owners(identity), receipt.shard), check_hash)
+WAY_OUT = "fetch it again, or delete its receipt and run extract again"
 
 
-def _open_shard(folder: Path, receipt: Receipt, expected: str, check_hash: bool) -> ShardReader:
-    path = folder / "shards" / receipt.file
-    way_out = "fetch it again, or delete its receipt and run extract again"
-    if not path.exists():
-        raise DatasetError(f"{path} is missing; {way_out}")
-    size = path.stat().st_size
+def _check_sizes(folder: Folder, receipts: list[Receipt]) -> None:
+    """Raises DatasetError naming the first shard whose file is not there or has another size than its receipt says; from listing alone."""
+    found = folder.sizes("shards")
+    for receipt in receipts:
+        _check_size(folder.path(f"shards/{receipt.file}"), found.get(receipt.file), receipt)
+
+
+def _check_size(path: str, size: int | None, receipt: Receipt) -> None:
+    if size is None:
+        raise DatasetError(f"{path} is missing; {WAY_OUT}")
     if size != receipt.bytes:
-        raise DatasetError(f"{path} has {size} bytes, its receipt says {receipt.bytes}: truncated or edited; {way_out}")
-    if check_hash and (found := sha256_file(path)) != receipt.sha256:
-        raise DatasetError(f"{path} has sha256 {found[:16]}..., its receipt says {receipt.sha256[:16]}...: edited or damaged; {way_out}")
-    reader = ShardReader(path)
+        raise DatasetError(f"{path} has {size} bytes, its receipt says {receipt.bytes}: truncated or edited; {WAY_OUT}")
+
+
+def open_shard(folder: Where, receipt: Receipt, identity: Identity, check_hash: bool = True) -> ShardReader:
+    """A committed shard, checked against its receipt (size, hash) and the dataset's identity. Of a store, a copy that goes with the reader."""
+    return _open_shard(Folder.of(folder), receipt, _owner(owners(identity), receipt.shard), check_hash)
+
+
+def _open_shard(folder: Folder, receipt: Receipt, expected: str, check_hash: bool) -> ShardReader:
+    name = f"shards/{receipt.file}"
+    path = folder.path(name)
+    try:
+        source = folder.map(name)
+    except FileNotFoundError:
+        source = None
+    _check_size(path, None if source is None else source.size(), receipt)
+    if check_hash and (found := hashlib.sha256(source.read_buffer()).hexdigest()) != receipt.sha256:
+        raise DatasetError(f"{path} has sha256 {found[:16]}..., its receipt says {receipt.sha256[:16]}...: edited or damaged; {WAY_OUT}")
+    reader = ShardReader(path, source)
     ours = reader.metadata
     if ours.identity_hash != expected or ours.shard != receipt.shard:
         raise DatasetError(f"{path} belongs to another dataset: its identity_hash is {ours.identity_hash[:16]}..., its shard {ours.shard}")

@@ -232,10 +232,11 @@ def _packed(rows: Rows) -> Array:
 class ShardReader:
     """A memory-mapped shard. Raises DatasetError that names the file and what is wrong with it."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | str, source: Any = None):
+        """`source`: a pyarrow file that is open already, where `path` is only its name."""
         self.path = path
         try:
-            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+            self._file = pa.ipc.open_file(pa.memory_map(str(path)) if source is None else source)
             encoded = (self._file.schema.metadata or {}).get(b"gumbel")
             if encoded is None:
                 raise DatasetError(f"{path} is an Arrow file without the metadata key 'gumbel': not a noise shard")
@@ -302,7 +303,7 @@ class ShardReader:
         return (self.batch(number) for number in range(self.batches))
 
 
-def _json_object(encoded: bytes, path: Path) -> dict[str, Any]:
+def _json_object(encoded: bytes, path: Path | str) -> dict[str, Any]:
     try:
         value = json.loads(encoded)
     except (ValueError, RecursionError):

@@ -1,12 +1,15 @@
 """Bytes on disk: atomic writes, hashes, JSON in one canonical form.
 
-Contract: a file under its final name is complete. Writers use a temporary name that ends in `.tmp`, fsync, then rename;
-a process killed at any moment leaves at most a `.tmp` behind, which no reader takes for a file and anyone may delete.
+Contract: a file under its final name is complete. Writers use a temporary name that ends in `.tmp`, fsync, rename, and fsync
+the folder; a process killed at any moment leaves at most a `.tmp` behind, which no reader takes for a file. A writer holds a
+lock (flock) on its `.tmp`, so `remove_leftovers` can tell those of the dead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -30,24 +33,88 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(file: Path | BinaryIO) -> str:
+    """Of all its bytes, wherever an open file stands."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under `path` whole, fsynced, or not at all."""
+    with temporary_file(path) as file:
+        yield file
+        place(file, path)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` to write and read, held by a lock, gone at the end unless it was placed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_SH)
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def place(file: BinaryIO, path: Path) -> None:
+    """Give a temporary file its name; what was there is gone."""
+    _sync(file)
+    Path(file.name).replace(path)
+    sync_folder(path.parent)
+
+
+def place_new(file: BinaryIO, path: Path) -> bool:
+    """Give a temporary file its name if nobody has it: of several writers at once, True for exactly one."""
+    _sync(file)
+    try:
+        os.link(file.name, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if path.exists():  # without hard links, two writers within microseconds can both pass
+            return False
+        Path(file.name).replace(path)
+    sync_folder(path.parent)
+    return True
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder last, where the file system has that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, before: float) -> list[Path]:
+    """Remove temporary files of dead writers, last written before that time; returns those removed."""
+    removed = []
+    for path in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError), path.open("r+b") as file:  # gone meanwhile, locked by a living writer, or no locks here
+            if os.fstat(file.fileno()).st_mtime < before:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                removed.append(path)
+    return removed
 
 
 def temporary_name(path: Path) -> Path:
@@ -61,20 +128,32 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Readable JSON (indented, sorted keys), atomically."""
-    write_text(path, json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n")
+    """Readable JSON, atomically."""
+    write_text(path, readable_json(value))
+
+
+def readable_json(value: Any) -> str:
+    """JSON with sorted keys, indented, with a last newline. NaN and infinity are refused."""
+    return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises DatasetError that names the file when it is missing, damaged, or no object."""
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_no_constant)
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(f"{path} does not exist") from None
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, name: str) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises DatasetError that names it when it is damaged, or no object."""
+    try:
+        value = json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is not valid JSON ({error}); the file is damaged") from None
+        raise DatasetError(f"{name} is not valid JSON ({error}); the file is damaged") from None
     if not isinstance(value, dict):
-        raise DatasetError(f"{path} holds {type(value).__name__}, not a JSON object")
+        raise DatasetError(f"{name} holds {type(value).__name__}, not a JSON object")
     return value
 
 

@@ -14,15 +14,22 @@ The data flow of this room, one file each:
     teacher     a Hugging Face causal LM -> log-probs in float32, a few positions at a time
     plan        what decides the numbers (identity), and which documents make which shard
     standing    a plan that is there already: found again by listing, extended by new files
+    estimate    how much a plan will make, before any teacher runs
+    pilot       the teacher on some rows of a plan: speed, bytes, and how far the corpus is from what it would write
     extract     one shard, from its documents to its receipt
+    making      what happens to a shard meanwhile: rows left out, micro-batches in halves, where the time goes
+    memory      what fits in memory, and what to do where it does not
     prompts     the plan of text that the teacher writes: rules, and which prompts make which shard
     generate    one shard that the teacher writes from the noise
     replay      is it what the teacher writes? one parallel forward over the rows
-    workers     all shards: Ray actors, resume, retries
+    worker      a teacher held by a process, and the shards in its hands
+    workers     all shards: who makes which, resume, retries, quarantine
+    cluster     Ray, started here or joined, and room for how many workers
     progress    one live line on a terminal, plain lines in a log
+    status      how far a dataset is, from its receipts, while it is made elsewhere
     verify      a finished dataset, checked file by file
     inspect     what a dataset is, in words or JSON
     card        README.md of a dataset
 
-    python -m pipeline tokenizer|plan|extract|generate|verify|replay|inspect --config recipes/demo.yaml
+    python -m pipeline tokenizer|plan|extract|generate|verify|replay|inspect|status --config recipes/demo.yaml
 """

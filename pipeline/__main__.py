@@ -1,4 +1,4 @@
-"""`python -m pipeline tokenizer|plan|extract|generate|verify|replay|inspect --config recipes/demo.yaml [--dotted.override value]`.
+"""`python -m pipeline tokenizer|plan|extract|generate|verify|replay|inspect|status --config recipes/demo.yaml [--dotted.override value]`.
 
 Exit codes: 0 done; 1 work that failed (what is committed stays); 2 a recipe, corpus, teacher or dataset that cannot be used.
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "Check a finished dataset: hashes, schema, counts, ranges, and that every kept entry is explained.",
     "replay": "Check that a generated dataset is what its teacher writes from its noise: one parallel forward over the rows.",
     "inspect": "Say what a dataset is.",
+    "status": "Say how far a dataset is, while it is made here or elsewhere, or after.",
 }
 
 
@@ -60,10 +61,16 @@ def parse(arguments: list[str]) -> tuple[str, Any, dict[str, Any]]:
             commands.add_subcommand(name, command, help=text)
             continue
         command.add_argument("--config", action="config", help="Recipe in YAML; what follows on the command line overrides it.")
-        if name in ("verify", "inspect"):
+        if name in ("verify", "inspect", "status"):
             command.add_argument("dataset", nargs="?", type=str, help="Folder of the dataset; the recipe's output where it is left out.")
         if name == "inspect":
             command.add_argument("--json", action="store_true", help="Print JSON.")
+        if name in ("plan", "extract", "generate"):
+            command.add_argument("--dry-run", action="store_true", help="Print the plan with estimates of rows, tokens and bytes; write nothing.")
+        if name in ("extract", "generate"):
+            command.add_argument("--quarantine", action="store_true", help="Leave out rows that cannot be encoded, and record them.")
+        if name == "plan":
+            command.add_argument("--pilot", type=PositiveInt | None, help="Try the teacher on so many rows: speed, bytes, fit of the corpus.")
         command.add_class_arguments(GenerateRecipe if name == "generate" else Recipe)
         commands.add_subcommand(name, command, help=text)
     try:
@@ -79,7 +86,7 @@ def parse(arguments: list[str]) -> tuple[str, Any, dict[str, Any]]:
     named = {argument.split("=")[0] for argument in arguments}
     if "--teacher.model" in named and "--tokenizer.path" not in named and recipe.teacher_brings_tokenizer():
         recipe.tokenizer.path = None
-    return values.command, recipe, {name: given.get(name) for name in ("dataset", "json")}
+    return values.command, recipe, {name: given.get(name) for name in ("dataset", "json", "dry_run", "quarantine", "pilot")}
 
 
 def run(command: str, recipe: Any, options: dict[str, Any]) -> int:
@@ -93,13 +100,15 @@ def run(command: str, recipe: Any, options: dict[str, Any]) -> int:
     if command == "tokenizer":
         stages.make_tokenizer(recipe)
     elif command == "plan":
-        stages.plan(recipe)
+        stages.plan(recipe, options["dry_run"], options["pilot"])
     elif command == "extract":
-        stages.extract(recipe)
+        stages.extract(recipe, options["quarantine"], options["dry_run"])
     elif command == "generate":
-        stages.generate(recipe)
+        stages.generate(recipe, options["quarantine"], options["dry_run"])
     elif command == "verify":
         stages.verify(dataset)
+    elif command == "status":
+        stages.status(dataset)
     else:
         stages.show(dataset, bool(options["json"]))
     return 0

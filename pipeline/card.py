@@ -5,12 +5,12 @@ The YAML header makes `datasets.load_dataset(path)` find the shards. Only what t
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from noise.dataset import Manifest, Plan, identity_hash, parts
+from noise.folder import Folder, Where
 from noise.shard import Layout
-from noise.storage import write_text
+from pipeline.inspect import left_out
 
 EXTRACTIONS = {
     "parallel": "posterior noise of existing text under the teacher (one forward pass)",
@@ -57,12 +57,12 @@ seed, the sequence id and the position; {noise}.
 ## Where it comes from
 
 {origin}
-
+{left_out}
 Licence of the text: not stated. Licence of the teacher: not stated. Personal or sensitive content: not examined.
 """
 
 
-def write_card(folder: Path, plan: Plan, manifest: Manifest) -> None:
+def write_card(folder: Where, plan: Plan, manifest: Manifest) -> None:
     identity, totals = manifest.identity, manifest.totals
     rows = {
         "identity hash": f"`{identity_hash(identity)}`",
@@ -84,8 +84,19 @@ def write_card(folder: Path, plan: Plan, manifest: Manifest) -> None:
         entries=ENTRIES["entry" in Layout.of(plan.metadata(0)).entries],
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         origin=origin(plan.identity, plan.environment),
+        left_out=quarantine(manifest),
     )
-    write_text(folder / "README.md", text)
+    Folder.of(folder).put("README.md", text.encode())
+
+
+def quarantine(manifest: Manifest) -> str:
+    """The rows that were left out, the first twenty by name; "" where there are none."""
+    totals, rows = manifest.totals, left_out(manifest)
+    if not rows:
+        return ""
+    more = [f"* and {len(rows) - 20:,} more, in manifest.json"] if len(rows) > 20 else []
+    head = f"{len(rows):,} rows ({totals['tokens_quarantined']:,} tokens) could not be encoded and are left out:"
+    return "\n".join(["", head, "", *(f"* {row}" for row in rows[:20]), *more, ""])
 
 
 def origin(identity: dict[str, Any], environment: dict[str, Any]) -> str:

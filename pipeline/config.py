@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 
 class WorkError(RuntimeError):
     """Work that was begun and failed. The message is for people; what is committed stays."""
 
 
+AUTO: Literal["auto"] = "auto"
+"""A micro-batch that the first worker finds."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -121,16 +124,21 @@ class Teacher:
     """Of weights and activations: float32, bfloat16, float16, or float64 (to generate and replay exactly). What is stored is float32 always."""
     attention: str = "sdpa"
     """Attention implementation: sdpa, eager, flash_attention_2, ..."""
-    micro_batch: int = 16
-    """Rows in one forward pass. Part of the plan: floating point differs between batch shapes."""
+    micro_batch: int | Literal["auto"] = 16
+    """Rows in one forward pass. Part of the plan: floating point differs between batch shapes. auto: the first worker finds how many fit, once."""
     threads: int = 1
     """CPU threads of a worker's teacher. Part of the plan, so bytes do not depend on the number of workers."""
+    compile: bool = False
+    """torch.compile of the forward pass over rows that exist. Part of the plan: it changes the last bits."""
+    device_map: str | None = None
+    """Spread one teacher over a worker's GPUs (ray.gpus): auto, balanced, ... as in transformers; needs accelerate. Part of the plan."""
     temperature: float = 1.0
     """The logits are divided by it."""
 
     def __post_init__(self) -> None:
         _one_of("teacher.dtype", self.dtype, DTYPES)
-        _at_least("teacher.micro_batch", self.micro_batch, 1)
+        if self.micro_batch != AUTO:
+            _at_least("teacher.micro_batch", self.micro_batch, 1)
         _at_least("teacher.threads", self.threads, 1)
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"teacher.temperature is {self.temperature}; it must be above 0 and finite")
@@ -207,9 +215,11 @@ class Ray:
     cpus: float = 1.0
     """CPUs of one worker."""
     gpus: float | None = None
-    """GPUs of one worker; null = 1 where there are GPUs, else 0."""
+    """GPUs of one worker; null = 1 where there are GPUs, else 0. 0.5: two workers share one, half its memory each."""
+    pinned: bool = False
+    """Each worker on cores of its own, `cpus` of them; on one machine."""
     retries: int = 3
-    """How often a shard is tried again after its worker died."""
+    """How often a shard is tried again after its worker died, or failed in a way that may not come again."""
 
     def __post_init__(self) -> None:
         if self.workers is not None:
@@ -217,6 +227,10 @@ class Ray:
         _at_least("ray.retries", self.retries, 0)
         if self.cpus < 0 or (self.gpus or 0) < 0 or self.cpus + (1 if self.gpus is None else self.gpus) == 0:
             raise ValueError(f"ray.cpus is {self.cpus} and ray.gpus is {self.gpus}: a worker needs some of either")
+        if self.gpus is not None and self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"ray.gpus is {self.gpus}; above 1 it must be a whole number, since a worker shares only one GPU with others")
+        if self.pinned and (self.address != "local" or self.cpus != int(self.cpus) or self.cpus < 1):
+            raise ValueError(f"ray.pinned needs ray.address local and whole ray.cpus; they are {self.address!r} and {self.cpus}")
 
 
 @dataclass
@@ -255,6 +269,8 @@ class GenerateRecipe(Work):
     generate: Generate = field(default_factory=Generate)
 
     def __post_init__(self) -> None:
+        if self.teacher.compile:
+            raise ValueError("teacher.compile is true, but the teacher writes token by token, which is not compiled; set it to false")
         if self.generate.prompts == "bos" and self.generate.rows is None:
             raise ValueError("generate.rows is null: say how many rows to write, or take the corpus for prompts (generate.prompts: corpus)")
         if self.generate.prompts == "bos" and self.corpus != Corpus():

@@ -12,7 +12,6 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,12 +20,14 @@ from torch import Tensor
 
 from noise import philox
 from noise.dataset import Plan, Receipt, commit_shard
-from noise.shard import Rows, ShardMetadata
+from noise.folder import Where
+from noise.shard import ROWS_PER_BATCH, Rows, ShardMetadata
 from noise.sketch import Sketch, TeacherError, encode, normaliser
 from noise.storage import DatasetError
 from pipeline.corpus import Corpus, Document
 from pipeline.divide import ShardInput, digest
-from pipeline.making import Making, MakeRows
+from pipeline.making import Making
+from pipeline.memory import MakeRows, largest
 from pipeline.packing import Blocks, Packer
 from pipeline.tokenizer import Tokenizer
 
@@ -45,7 +46,7 @@ class Job:
     Two threads may make shards of one job: one reads, or writes what it has made, while the other has the teacher. Neither changes a byte.
     """
 
-    folder: Path
+    folder: Where
     plan: Plan
     corpus: Corpus
     tokenizer: Tokenizer
@@ -67,10 +68,24 @@ class Job:
             documents = self.documents(shard)
             packed = Packer.of(self.plan.identity).pack(self.tokens(documents))
         check_ids(packed.input_ids_BL, packed.length_B, metadata, making)
-        make = rows_without_noise if self.teacher is None else partial(rows_with_noise, teacher=self.teacher)
         characters = sum(document.characters for document in documents if document.ids is None)
-        with closing(self.micro_batches(metadata, packed.input_ids_BL, packed.length_B, make, making)) as rows:
+        with closing(self.micro_batches(metadata, packed.input_ids_BL, packed.length_B, self.make(), making)) as rows:
             return commit_shard(self.folder, metadata, rows, characters, packed.dropped, making.left_out)
+
+    def make(self) -> MakeRows:
+        """What makes rows of packed ones."""
+        return rows_without_noise if self.teacher is None else partial(rows_with_noise, teacher=self.teacher)
+
+    def largest_micro_batch(self) -> int:
+        """Rows of the largest micro-batch that fits beside the teacher, here."""
+        metadata, teacher = self.plan.metadata(0), self.teacher
+        row_1L = np.arange(metadata.block_length, dtype=np.int32)[None] % metadata.vocab_size
+        row_1L[0, 0] = self.plan.identity["tokenizer"]["bos"]
+        return largest(self.make(), metadata, row_1L, self.longest_row(), getattr(teacher, "device", torch.device("cpu")).type)
+
+    def longest_row(self) -> int:
+        """Positions that a row brings to the teacher."""
+        return int(self.plan.identity["block_length"])
 
     def documents(self, shard: int) -> list[Document]:
         """The documents of a shard. Raises DatasetError naming the file when they are not those that the plan saw."""
@@ -91,10 +106,13 @@ class Job:
             return (document.ids or [] for document in documents)
         return self.tokenizer.encode(document.text for document in documents)
 
-    def micro_batches(self, metadata: ShardMetadata, input_ids_BL: Blocks, length_B: Blocks, make: MakeRows, making: Making) -> Generator[Rows, None, None]:
+    def micro_batches(
+        self, metadata: ShardMetadata, input_ids_BL: Blocks, length_B: Blocks, make: MakeRows, making: Making
+    ) -> Generator[Rows, None, None]:
         """`make` on each of the plan's micro-batches, while this shard has its turn at the teacher."""
+        size = self.plan.environment["numerics"]["micro_batch"] if self.teacher is not None else ROWS_PER_BATCH
         with self.turn:
-            yield from making.micro_batches(metadata, self.plan.environment["numerics"]["micro_batch"], input_ids_BL, length_B, make)
+            yield from making.micro_batches(metadata, size, input_ids_BL, length_B, make)
 
 
 def check_ids(input_ids_BL: Blocks, length_B: Blocks, metadata: ShardMetadata, making: Making) -> None:

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from noise import stores
 from noise.storage import DatasetError
+from noise.stores import URI
 from pipeline import config
 
 READ_AHEAD = 4 * 2**20  # of a file elsewhere: one request brings so much
-URI = re.compile(r"([a-z][a-z0-9+.-]*)://([^/]*)/?(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,7 @@ def root_of(location: str, path: str) -> str | None:
 
 def _split(location: str) -> tuple[str, str, str]:
     """(what comes before the path, the path, the options after it): s3://bucket/ + folder/name + ?region=x, or an absolute path alone."""
-    match = URI.fullmatch(location)
-    if match is None:
-        return "", location, ""
-    scheme, authority, path = match.groups()
-    path, mark, options = path.rpartition("?") if re.search(r"\?[^/?*]+=", path) else (path, "", "")
-    return f"{scheme}://{authority}/", path, mark + options
+    return stores.split(location)
 
 
 def open_file(location: str) -> BinaryIO:
@@ -142,17 +138,12 @@ def _store(address: str) -> tuple[Any, str]:
     """(pyarrow filesystem, what its paths begin with) of `scheme://authority/?options`. Raises DatasetError where there is no client for it."""
     from pyarrow import fs
 
-    scheme, authority, options = URI.fullmatch(address).groups()  # type: ignore[union-attr]
-    if scheme in ("s3", "gs", "gcs"):
-        if ":" in authority:
-            raise DatasetError(
-                f"corpus: a {scheme}:// address with a password is refused, since recipes are saved; put credentials in the environment"
-            )
+    scheme, authority, _ = URI.fullmatch(address).groups()  # type: ignore[union-attr]
+    if scheme in stores.SCHEMES:
         try:
-            store, path = fs.FileSystem.from_uri(f"{scheme}://{authority}/{options}")
-        except (ValueError, ImportError) as error:
-            raise DatasetError(f"corpus: {address}: {error}") from None
-        return store, f"{path.rstrip('/')}/"
+            return stores.client(address)
+        except DatasetError as error:
+            raise DatasetError(f"corpus: {error}") from None
     try:
         if scheme == "hf":
             from huggingface_hub import HfFileSystem

@@ -14,7 +14,6 @@ Shapes: B rows, L block length, P longest prompt, N positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -30,6 +29,7 @@ from noise.sketch import TeacherError
 from noise.storage import DatasetError, canonical_json, sha256_text
 from pipeline.extract import Job, check_ids, rows_without_noise
 from pipeline.making import Making
+from pipeline.memory import MakeRows
 from pipeline.packing import Blocks
 from pipeline.tokenizer import Tokenizer
 
@@ -142,11 +142,11 @@ class Generation(Job):
         making, metadata = making or Making(shard), self.plan.metadata(shard)
         with self.reading:
             given_BP, given_B = self._given(metadata, making)
-        with closing(self._rows(metadata, given_BP, given_B, making)) as rows:
+        with closing(self.micro_batches(metadata, given_BP, given_B, self.make(), making)) as rows:
             return commit_shard(self.folder, metadata, rows, characters_in=0, quarantined=making.left_out)
 
-    def _rows(self, metadata: ShardMetadata, given_BP: Blocks, given_B: Blocks, making: Making) -> Generator[Rows, None, None]:
-        """A shard's rows, a micro-batch at a time."""
+    def make(self) -> MakeRows:
+        """What writes rows on from what is given of them."""
         teacher: Any = self.teacher
         choice = Choice.of(self.plan.identity, self.tokenizer, teacher.device)
 
@@ -158,7 +158,11 @@ class Generation(Job):
             rows = rows_without_noise(metadata, sequence_id_B, ids_BL.astype(np.int32), length_B.astype(np.int32))
             return replace(rows, log_prob=log_prob_BL)
 
-        return self.micro_batches(metadata, given_BP, given_B, make, making)
+        return make
+
+    def longest_row(self) -> int:
+        """BOS alone: the teacher writes the rest."""
+        return 1
 
     def _given(self, metadata: ShardMetadata, making: Making) -> tuple[Blocks, Blocks]:
         """(int32 [B, P], int32 [B]): what each row begins with, and how much of it. Leaves out prompts that leave no room, or raises RowError."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from noise.dataset import Identity, Manifest, Plan, committed, identity_hash, parts
+from noise.dataset import Identity, Manifest, Plan, identity_hash, listed, parts
+from noise.folder import Folder, Where
 from noise.storage import DatasetError
 
 
-def summary(folder: Path) -> dict[str, Any]:
+def summary(where: Where) -> dict[str, Any]:
     """Identity, state, totals and sizes. Raises DatasetError when the folder holds no plan."""
-    if not (folder / "plan.json").exists():
+    folder = Folder.of(where)
+    if not folder.exists("plan.json"):
         raise DatasetError(f"{folder} is not a noise dataset: it has no plan.json")
     plan = Plan.read(folder)
     value: dict[str, Any] = {
@@ -24,11 +25,13 @@ def summary(folder: Path) -> dict[str, Any]:
         "finished": _finished(folder, plan),
     }
     if not value["finished"]:
-        return value | {"committed": len(committed(folder))}
+        return value | {"committed": len(listed(folder))}
     manifest = Manifest.read(folder)
     codec = plan.metadata(0).codec
     totals = manifest.totals
     value |= {"committed": len(manifest.receipts), "totals": totals, "root_hash": manifest.root_hash}
+    if "rows_quarantined" in totals:
+        value["quarantined"] = left_out(manifest)
     if totals["tokens"]:
         value["per_token"] = {
             "bytes": totals["bytes"] / totals["tokens"],
@@ -40,16 +43,21 @@ def summary(folder: Path) -> dict[str, Any]:
     return value
 
 
-def _finished(folder: Path, plan: Plan) -> bool:
+def left_out(manifest: Manifest) -> list[str]:
+    """Each quarantined row in words."""
+    return [f"shard {of.shard}, row {row.row}, {row.tokens} tokens: {row.reason}" for of in manifest.receipts for row in of.quarantined]
+
+
+def _finished(folder: Folder, plan: Plan) -> bool:
     """A manifest of this plan, not of the dataset that it grows from."""
-    return (folder / "manifest.json").exists() and Manifest.read(folder).identity == plan.identity
+    return folder.exists("manifest.json") and Manifest.read(folder).identity == plan.identity
 
 
-def describe(folder: Path) -> str:
+def describe(folder: Where) -> str:
     return json.dumps(summary(folder), indent=1, sort_keys=True)
 
 
-def in_words(folder: Path) -> str:
+def in_words(folder: Where) -> str:
     """One screen for people."""
     value = summary(folder)
     identity = value["identity"]
@@ -70,7 +78,9 @@ def in_words(folder: Path) -> str:
             f"  holds       {totals['rows']:,} rows, {totals['tokens']:,} positions with noise, {totals['bytes']:,} bytes"
             + (f"; {totals['characters_in']:,} characters" if totals["characters_in"] else "")
             + (f"; {totals['tokens_dropped']:,} tokens left out by packing" if "tokens_dropped" in totals else "")
+            + (f"; {totals['rows_quarantined']:,} rows quarantined" if "rows_quarantined" in totals else "")
         )
+        lines += [f"  left out    {line}" for line in value.get("quarantined", [])[:5]]
         lines.append(f"  root hash   {value['root_hash']}")
     if "per_token" in value:
         per = value["per_token"]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from noise.dataset import Identity, Plan, default_seed, differences, parts
+from noise.folder import Folder, Where
 from noise.shard import FORMAT_VERSION
 from noise.sketch import Codec
 from noise.storage import DatasetError, canonical_json, sha256_text
@@ -65,7 +65,8 @@ def boundaries_hash(shards: list[ShardInput], first_file: int = 0) -> str:
 
 def numerics(teacher: config.Teacher) -> dict[str, Any]:
     """What decides bits on one machine beside the identity."""
-    return {"micro_batch": teacher.micro_batch, "attention": teacher.attention, "threads": teacher.threads}
+    used = {"micro_batch": teacher.micro_batch, "attention": teacher.attention, "threads": teacher.threads}
+    return used | {name: value for name in ("compile", "device_map") if (value := getattr(teacher, name))}
 
 
 def _teacher(recipe: config.Recipe, tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, int]:
@@ -122,22 +123,35 @@ def write_plan(recipe: config.Work, plan: Plan, tokenizer: Tokenizer) -> Plan:
 
     Raises DatasetError by field when the folder holds a plan of another identity or other numerics.
     """
-    folder = Path(recipe.output)
+    folder = Folder.of(recipe.output)
     plan.write(folder)
     standing = Plan.read(folder)
     check_numerics(plan.environment["numerics"], standing, folder)
-    copy_tokenizer(tokenizer.folder, folder / "tokenizer")
+    copy_tokenizer(tokenizer.folder, folder)
     return standing
 
 
-def check_numerics(ours: dict[str, Any], standing: Plan, folder: Path) -> None:
+def check_numerics(ours: dict[str, Any], standing: Plan, folder: Where) -> None:
     """Raises DatasetError by field when a plan was made with other numerics, and floating point is in its shards."""
-    changed = differences(ours, standing.environment.get("numerics"), "teacher")
+    theirs = {name: value for name, value in standing.environment["numerics"].items() if value}
+    if ours["micro_batch"] == config.AUTO:
+        ours = ours | {"micro_batch": theirs["micro_batch"]}
+    changed = differences(ours, theirs, "teacher")
     if changed and standing.identity["extraction"] != "none":
         raise DatasetError(
             f"{folder} was begun with other settings, and floating point depends on them: {'; '.join(changed)}; "
             "restore them, or choose another output folder"
         )
+
+
+def settle_micro_batch(folder: Where, rows: int) -> int:
+    """Write into a plan that leaves its micro-batch to be found how many rows fit. Returns what stands: another may have been first."""
+    standing = Plan.read(folder)
+    numerics = standing.environment["numerics"]
+    if numerics["micro_batch"] == config.AUTO:
+        numerics["micro_batch"] = rows
+        standing.rewrite(folder)
+    return int(numerics["micro_batch"])
 
 
 def corpus_of(recipe: config.Work, plan: Plan, roots: list[str]) -> Corpus:

@@ -10,11 +10,17 @@ import json
 import socket
 import sys
 import time
-from pathlib import Path
+from collections import deque
 from types import TracebackType
 from typing import Any
 
+from noise.folder import Folder, Where
+
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_PUTS = 60.0
+"""Of run.jsonl, on a store."""
+SECONDS_OF_NOW = 60.0
+"""What the rate now is measured over, or from one item to the next where items take longer."""
 
 
 def say(line: str) -> None:
@@ -37,9 +43,11 @@ class Progress:
 
     def __init__(self, stage: str, unit: str, total: int, work: float, done: int = 0, done_work: float = 0.0):
         self._stage, self._unit, self._total, self._work = stage, unit, total, max(work, 1.0)
-        self._done, self._done_work, self._begun_work, self._tokens = done, done_work, done_work, 0
+        self._done, self._done_work, self._begun_work, self._tokens, self._retried = done, done_work, done_work, 0, 0
         self._began = self._printed = time.monotonic()
+        self._lately = deque([(self._began, 0)])
         self._note = ""
+        self._warned = False
         self._live: Any = None
 
     def __enter__(self) -> Progress:
@@ -64,17 +72,33 @@ class Progress:
 
     def advance(self, items: int = 1, work: float = 0.0, tokens: int = 0) -> None:
         self._done, self._done_work, self._tokens = self._done + items, self._done_work + work, self._tokens + tokens
+        self._lately.append((time.monotonic(), self._tokens))
+        while len(self._lately) > 2 and self._lately[1][0] < self._lately[-1][0] - SECONDS_OF_NOW:
+            self._lately.popleft()
         self._note = ""
         self.show()
 
+    def retry(self, items: int = 1) -> None:
+        """So many items are done again."""
+        self._retried += items
+        self.show()
+
     def restart(self) -> None:
-        """Measure rates from now on: what came before was preparation."""
-        self._began, self._begun_work, self._tokens = time.monotonic(), self._done_work, 0
+        """Measure rates from now on, where nothing was done yet: what came before was preparation."""
+        if self._done_work == self._begun_work:
+            self._began = time.monotonic()
+            self._lately = deque([(self._began, 0)])
 
     def note(self, text: str) -> None:
         """What is being waited for, until the next advance."""
         self._note = text
         self.show()
+
+    def warn(self, line: str, once: bool = True) -> None:
+        """A line that stays; the first of its kind alone if `once`."""
+        if not (once and self._warned):
+            (self._live.console.print if self._live is not None else say)(f"{self._stage}: {line}")
+        self._warned = self._warned or once
 
     def show(self) -> None:
         now = time.monotonic()
@@ -85,25 +109,48 @@ class Progress:
             say(f"{self._stage}: {self.text()}")
 
     def text(self) -> str:
-        elapsed = time.monotonic() - self._began
-        parts = [f"{self._done:,}/{self._total:,} {self._unit}"]
+        elapsed, left = time.monotonic() - self._began, self._total - self._done
+        retried = f"{self._retried:,} retried" if self._retried else ""
+        state = ", ".join(part for part in (retried, f"{left:,} left" if left else "") if part)
+        parts = [f"{self._done:,}/{self._total:,} {self._unit}" + (f" ({state})" if state else "")]
         if self._tokens:
-            parts.append(f"{self._tokens / max(elapsed, 1e-9):,.0f} tokens/s")
-        if (here := self._done_work - self._begun_work) > 0 and self._done < self._total:
-            parts.append(f"{duration(elapsed * (self._work - self._done_work) / here)} left")
-        elif self._done >= self._total:
+            overall = f"{self._tokens / max(elapsed, 1e-9):,.0f}"
+            (before, then), (now, tokens) = self._lately[0], self._lately[-1]
+            parts.append(f"{(tokens - then) / max(now - before, 1e-9):,.0f} tokens/s, {overall} overall" if left else f"{overall} tokens/s")
+        if (here := self._done_work - self._begun_work) > 0 and left:
+            parts.append(f"{duration(elapsed * (self._work - self._done_work) / here)} to go")
+        elif not left:
             parts.append(f"in {duration(elapsed)}")
         return ", ".join(parts + ([self._note] if self._note else []))
 
 
 class RunLog:
-    """run.jsonl of a dataset: timings, hosts, retries; outside identity, hashes and manifest."""
+    """run.jsonl of a dataset: timings, hosts, retries; outside identity, hashes and manifest.
 
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "run.jsonl"
+    Appended to where files can be; on a store put again as a whole, once a minute and at the end.
+    """
+
+    def __init__(self, where: Where):
+        self._folder = Folder.of(where)
+        self._whole: bytearray | None = None
+        self._put = time.monotonic()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._whole is not None:
+            with contextlib.suppress(OSError):  # the log stops no run
+                self._folder.put("run.jsonl", bytes(self._whole))
 
     def write(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"event": event, "time": round(time.time(), 3), "host": socket.gethostname(), **fields}, sort_keys=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        line = json.dumps({"event": event, "time": round(time.time(), 3), "host": socket.gethostname(), **fields}, sort_keys=True).encode() + b"\n"
+        if self._folder.append("run.jsonl", line):
+            return
+        if self._whole is None:
+            self._whole = bytearray(self._folder.read("run.jsonl") if self._folder.exists("run.jsonl") else b"")
+        self._whole += line
+        if time.monotonic() - self._put >= SECONDS_BETWEEN_PUTS:
+            self._put = time.monotonic()
+            with contextlib.suppress(OSError):
+                self._folder.put("run.jsonl", bytes(self._whole))

@@ -21,6 +21,7 @@ import torch
 
 from noise import philox
 from noise.dataset import Manifest, Plan, differences
+from noise.folder import Folder, Where
 from noise.shard import Rows, ShardMetadata, ShardReader
 from noise.storage import DatasetError
 from pipeline import config
@@ -39,7 +40,7 @@ LOG_PROB_TOLERANCE = 1e-3
 class Report:
     """What a replay found."""
 
-    folder: Path
+    folder: Folder
     dtype: str
     tolerance: float | None
     """Difference of scores that is excused; None where only the rate is reported."""
@@ -96,25 +97,26 @@ class Report:
                 self.first_failure = f"{line}, log_prob off by {float(error_N[at]):.1e}"
 
 
-def replay(folder: Path, model: str | None = None, dtype: str | None = None, rows: int | None = None) -> Report:
+def replay(where: Where, model: str | None = None, dtype: str | None = None, rows: int | None = None) -> Report:
     """Replay about `rows` rows, some of every shard (None: all), with the teacher at `model` (None: where the plan saw it).
 
     Raises DatasetError when the dataset was not written by a teacher, or this teacher has other weights.
     """
+    folder = Folder.of(where)
     plan, manifest = Plan.read(folder), Manifest.read(folder)
     identity = manifest.identity
     if identity["extraction"] != "sequential" or "generation" not in identity:
         raise DatasetError(f"{folder} has extraction {identity['extraction']}: there is no generation to replay; `verify` checks such a dataset")
     settings = _teacher(plan, model, dtype)
     teacher = Teacher(settings, identity["vocab_size"], "cuda" if torch.cuda.is_available() else "cpu")
-    choice = Choice.of(identity, Tokenizer(folder / "tokenizer"), teacher.device)
+    choice = Choice.of(identity, Tokenizer(folder.fetched("tokenizer")), teacher.device)
     report = Report(folder, settings.dtype, tolerance(settings.dtype, identity["teacher"]["dtype"]))
     every = max(1, manifest.totals["rows"] // rows) if rows else 1
     with Progress("replay", "shards", len(manifest.receipts), manifest.totals["tokens"]) as progress:
         for receipt in manifest.receipts:
             reader = manifest.open(folder, receipt)
             before = report.positions
-            for first, part in _chosen(reader, settings.micro_batch, every):
+            for first, part in _chosen(reader, plan.environment["numerics"]["micro_batch"], every):
                 report.add(reader.metadata, first, part, teacher, choice)
             progress.advance(work=receipt.tokens, tokens=report.positions - before)
     return report

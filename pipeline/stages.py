@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
-from pathlib import Path
 
-from noise.dataset import Manifest, Plan, Receipt, committed, differences, grows_from
-from noise.storage import DatasetError, write_text
+from noise.dataset import Manifest, Receipt, differences, grows_from, listed
+from noise.folder import Folder, Where
+from noise.storage import DatasetError
 from pipeline.card import write_card
 from pipeline.config import GenerateRecipe, Recipe, Work, WorkError
 from pipeline.corpus import Corpus
 from pipeline.divide import ShardInput
 from pipeline.extract import Job
+from pipeline.lease import driving
+from pipeline.making import Making
 from pipeline.plan import make_plan, write_plan
 from pipeline.progress import Progress, RunLog, say
 from pipeline.standing import find_plan
 
 
-def save_recipe(recipe: Work, folder: Path) -> None:
+def save_recipe(recipe: Work, where: Where) -> None:
     """The resolved recipe, beside its artefact."""
     import yaml
 
-    write_text(folder / "recipe.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
+    Folder.of(where).put("recipe.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False).encode())
 
 
 def make_tokenizer(recipe: Recipe) -> None:
@@ -37,15 +40,28 @@ def make_tokenizer(recipe: Recipe) -> None:
     save_recipe(recipe, folder)
 
 
-def plan(recipe: Recipe, grow: bool = True) -> tuple[Plan, Job]:
-    """Write plan.json, or find the same plan there, extended by files that it does not know if `grow`."""
-    folder = Path(recipe.output)
-    if (folder / "plan.json").exists():
-        standing, corpus, tokenizer = find_plan(recipe, grow)
+def plan(recipe: Recipe, dry_run: bool = False, pilot: int | None = None) -> None:
+    """Write plan.json, or find the same plan there, extended by files that it does not know; then try the teacher on `pilot` rows."""
+    job = find_job(recipe, True, not dry_run)
+    if dry_run:
+        say_estimate(job)
+    if pilot is not None:
+        from pipeline.pilot import run
+
+        print(run(recipe, job, pilot).in_words())
+
+
+def find_job(recipe: Recipe, grow: bool, write: bool = True) -> Job:
+    """The plan in the recipe's output, or a new one; what is new is written unless it is a dry run."""
+    folder = Folder.of(recipe.output)
+    if folder.exists("plan.json"):
+        standing, corpus, tokenizer = find_plan(recipe, grow, write)
     else:
-        fresh, corpus, tokenizer = make_plan(recipe)
-        standing = write_plan(recipe, fresh, tokenizer)
-    save_recipe(recipe, folder)
+        standing, corpus, tokenizer = make_plan(recipe)
+        if write:
+            standing = write_plan(recipe, standing, tokenizer)
+    if write:
+        save_recipe(recipe, folder)
     sources = [ShardInput.from_json(shard) for shard in standing.shards]
     documents, characters = sum(source.documents for source in sources), sum(source.characters for source in sources)
     identity = standing.identity
@@ -53,63 +69,85 @@ def plan(recipe: Recipe, grow: bool = True) -> tuple[Plan, Job]:
         f"plan: {folder}: {documents:,} documents, {characters:,} characters -> {len(sources):,} shards; "
         f"V {identity['vocab_size']:,}, blocks of {identity['block_length']}, extraction {identity['extraction']}"
     )
-    return standing, Job(folder, standing, corpus, tokenizer, None)
+    return Job(folder, standing, corpus, tokenizer, None)
 
 
-def extract(recipe: Recipe) -> None:
-    complete("extract", recipe, plan(recipe, grow=False)[1])
+def say_estimate(job: Job) -> None:
+    """What the plan will make; nothing is written."""
+    from pipeline.estimate import of_job
+
+    there = len(listed(job.folder))
+    print(f"dry run: {job.folder}: {of_job(job).in_words()}, {len(job.plan.shards):,} shards, {there:,} of them committed; nothing was written")
 
 
-def generate(recipe: GenerateRecipe) -> None:
+def extract(recipe: Recipe, quarantine: bool = False, dry_run: bool = False) -> None:
+    job = find_job(recipe, False, not dry_run)
+    if dry_run:
+        say_estimate(job)
+    else:
+        complete("extract", recipe, job, quarantine)
+
+
+def generate(recipe: GenerateRecipe, quarantine: bool = False, dry_run: bool = False) -> None:
     """Plan, or find the same plan there, then write what is not committed yet."""
     from pipeline import prompts
     from pipeline.generate import Generation
 
-    fresh, corpus, tokenizer = prompts.make_plan(recipe)
-    standing = write_plan(recipe, fresh, tokenizer)
-    folder = Path(recipe.output)
-    save_recipe(recipe, folder)
+    standing, corpus, tokenizer = prompts.make_plan(recipe)
+    folder = Folder.of(recipe.output)
+    if not dry_run:
+        standing = write_plan(recipe, standing, tokenizer)
+        save_recipe(recipe, folder)
     identity = standing.identity
     masked, stop = identity["generation"]["masked_ids"]["count"], identity["generation"]["stop"]
     say(
         f"plan: {folder}: {identity['shards']['rows']:,} rows from {'BOS' if not corpus.files else 'prompts'} -> {len(standing.shards):,} shards; "
         f"V {identity['vocab_size']:,}, {masked:,} ids masked, blocks of {identity['block_length']}, stop {stop}"
     )
-    complete("generate", recipe, Generation(folder, standing, corpus, tokenizer, None))
+    job = Generation(folder, standing, corpus, tokenizer, None)
+    if dry_run:
+        say_estimate(job)
+    else:
+        complete("generate", recipe, job, quarantine)
 
 
-def complete(stage: str, recipe: Work, job: Job) -> None:
+def complete(stage: str, recipe: Work, job: Job, quarantine: bool = False) -> None:
     """Everything that is not committed yet, then the manifest and the card. Raises WorkError when shards failed."""
-    folder, standing = job.folder, job.plan
-    done = committed(folder)
-    pending = [shard for shard in range(len(standing.shards)) if shard not in done]
-    if not pending and (folder / "manifest.json").exists():
+    folder, standing = Folder.of(job.folder), job.plan
+    if folder.exists("manifest.json") and listed(folder) >= set(range(len(standing.shards))):
         manifest = Manifest.read(folder)
         if not differences(standing.identity, manifest.identity):
             say(f"{stage}: {folder} is complete: {manifest.totals['rows']:,} rows, root hash {manifest.root_hash[:16]}")
             return
         if not grows_from(standing.identity, manifest.identity):
             raise DatasetError(f"{folder}: manifest.json belongs to another plan; delete the manifest and run again")
-    log = RunLog(folder)
+    with driving(folder), RunLog(folder) as log:
+        folder.remove_leftovers(time.time())
+        _complete(stage, recipe, job, folder, log, quarantine)
+        folder.remove_leftovers(time.time())  # of workers that were killed meanwhile
+
+
+def _complete(stage: str, recipe: Work, job: Job, folder: Folder, log: RunLog, quarantine: bool) -> None:
+    standing, done = job.plan, listed(folder)
+    pending = [shard for shard in range(len(standing.shards)) if shard not in done]
     log.write("begin", shards=len(standing.shards), pending=len(pending), extraction=standing.identity["extraction"])
-    failures = _make(stage, recipe, job, done, pending, log) if pending else {}
+    failures = _make(stage, recipe, job, done, pending, log, quarantine) if pending else {}
     if failures:
         first = min(failures)
         log.write("failed", shards={str(shard): reason for shard, reason in failures.items()})
         raise WorkError(
             f"{len(failures)} of {len(standing.shards)} shards failed, everything else is committed; first: {failures[first]} "
-            "(run again for just these once the cause is gone)"
+            "(run again for just these once the cause is gone; --quarantine leaves out rows that cannot be encoded)"
         )
-    manifest = Manifest.write(folder, standing, _per_token([*committed(folder).values()]))
-    for leftover in (folder / "shards").glob("*.tmp"):  # of workers that were killed
-        leftover.unlink(missing_ok=True)
+    manifest = Manifest.write(folder, standing, _per_token)
     write_card(folder, standing, manifest)
     log.write("end", totals=manifest.totals, root_hash=manifest.root_hash)
     totals, tokens = manifest.totals, count_tokens(folder, manifest)
+    left_out = f", {totals['rows_quarantined']:,} more quarantined ({totals['tokens_quarantined']:,} tokens)" if "rows_quarantined" in totals else ""
     source = f"{totals['characters_in']:,} characters -> " if totals["characters_in"] else ""
     dropped = f" ({totals['tokens_dropped']:,} more left out by packing)" if "tokens_dropped" in totals else ""
     say(
-        f"{stage}: {folder}: {source}{tokens:,} tokens{dropped} in {totals['rows']:,} rows, "
+        f"{stage}: {folder}: {source}{tokens:,} tokens{dropped} in {totals['rows']:,} rows{left_out}, "
         f"{totals['tokens']:,} with noise, "
         f"{totals['bytes']:,} bytes, root hash {manifest.root_hash[:16]}"
     )
@@ -126,33 +164,41 @@ def _per_token(receipts: list[Receipt]) -> dict[str, float]:
     }
 
 
-def count_tokens(folder: Path, manifest: Manifest) -> int:
-    """Tokens of the corpus, each document's EOS with it, BOS and padding without."""
+def count_tokens(folder: Where, manifest: Manifest) -> int:
+    """Tokens of the corpus, each document's EOS with it, BOS and padding without. Only text without noise has to be read for it."""
+    if manifest.identity["extraction"] == "parallel":
+        return int(manifest.totals["tokens"])
     readers = (manifest.open(folder, receipt, check_hash=False) for receipt in manifest.receipts)
     return sum(int(rows.length.sum(dtype="int64")) - len(rows) for reader in readers for rows in reader)
 
 
-def _make(stage: str, recipe: Work, job: Job, done: dict[int, Receipt], pending: list[int], log: RunLog) -> dict[int, str]:
+def _make(stage: str, recipe: Work, job: Job, done: set[int], pending: list[int], log: RunLog, quarantine: bool) -> dict[int, str]:
     """Make the pending shards; returns the reason of each that failed."""
     work = [job.work(shard) for shard in range(len(job.plan.shards))]
     already = sum(work[shard] for shard in done if shard < len(work))
+    failures: dict[int, str] = {}
     with Progress(stage, "shards", len(work), sum(work), len(done), already) as progress:
         if job.plan.identity["extraction"] != "none":
             from pipeline import workers
 
-            return workers.extract(recipe, job, pending, progress, log)
+            return workers.extract(recipe, job, pending, progress, log, quarantine)
         for shard in pending:
-            receipt = job.extract(shard)
+            try:
+                receipt = job.extract(shard, Making(shard, quarantine))
+            except ValueError as error:
+                log.write("shard failed", shard=shard, reason=str(error))
+                failures[shard] = str(error)
+                continue
             progress.advance(work=work[shard], tokens=receipt.rows * (job.plan.identity["block_length"] - 1))
-            log.write("shard", shard=shard, rows=receipt.rows)
-    return {}
+            log.write("shard", shard=shard, receipt=receipt.to_json())
+    return failures
 
 
 def replay(dataset: str, model: str | None, dtype: str | None, rows: int | None) -> None:
     """Raises WorkError when the teacher would have written something else."""
     from pipeline.replay import replay as again
 
-    report = again(Path(dataset), model, dtype, rows)
+    report = again(Folder.of(dataset), model, dtype, rows)
     for line in report.near_ties:
         print(line)
     say(f"replay: {report.in_words()}")
@@ -166,10 +212,16 @@ def replay(dataset: str, model: str | None, dtype: str | None, rows: int | None)
 def verify(dataset: str) -> None:
     from pipeline.verify import verify as check
 
-    check(Path(dataset))
+    check(Folder.of(dataset))
 
 
 def show(dataset: str, as_json: bool) -> None:
     from pipeline.inspect import describe, in_words
 
-    print(describe(Path(dataset)) if as_json else in_words(Path(dataset)))
+    print(describe(Folder.of(dataset)) if as_json else in_words(Folder.of(dataset)))
+
+
+def status(dataset: str) -> None:
+    from pipeline.status import in_words
+
+    print(in_words(Folder.of(dataset)))

@@ -9,10 +9,10 @@ identity lists the identities of its parts in `parents`. Its old manifest stays 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from noise.dataset import Identity, Plan, default_seed, differences, parts
+from noise.folder import Folder
 from noise.storage import DatasetError
 from pipeline import config, files
 from pipeline.corpus import EMBEDDED, Corpus, CorpusFile
@@ -21,12 +21,12 @@ from pipeline.plan import boundaries_hash, check_numerics, corpus_of, numerics, 
 from pipeline.tokenizer import Tokenizer, find_tokenizer
 
 
-def find_plan(recipe: config.Recipe, grow: bool) -> tuple[Plan, Corpus, Tokenizer]:
-    """The plan in the recipe's output, extended by new files if `grow`.
+def find_plan(recipe: config.Recipe, grow: bool, write: bool = True) -> tuple[Plan, Corpus, Tokenizer]:
+    """The plan in the recipe's output, extended by new files if `grow`; the extended plan is written if `write`.
 
     Raises DatasetError by field or file when the recipe or the corpus is not what the plan was made from.
     """
-    folder = Path(recipe.output)
+    folder = Folder.of(recipe.output)
     standing, tokenizer = Plan.read(folder), Tokenizer(find_tokenizer(recipe))
     ours = settings(recipe, tokenizer)
     _check_settings(recipe, ours, standing, folder)
@@ -50,11 +50,12 @@ def find_plan(recipe: config.Recipe, grow: bool) -> tuple[Plan, Corpus, Tokenize
             "`python -m pipeline plan` first, else leave them out"
         )
     plan, corpus = _grown(recipe, standing, ours, corpus, {location: sizes[location] for location in fresh})
-    plan.write(folder)
+    if write:
+        plan.write(folder)
     return plan, corpus, tokenizer
 
 
-def _check_settings(recipe: config.Recipe, ours: Identity, standing: Plan, folder: Path) -> None:
+def _check_settings(recipe: config.Recipe, ours: Identity, standing: Plan, folder: Folder) -> None:
     first, last = parts(standing.identity)[0], parts(standing.identity)[-1]
     theirs = {name: value for name, value in last.items() if name != "seed"}
     theirs["corpus"] = {name: value for name, value in last["corpus"].items() if name != "files"}
@@ -63,7 +64,7 @@ def _check_settings(recipe: config.Recipe, ours: Identity, standing: Plan, folde
     _refuse(folder, differences(ours | {"seed": seed}, theirs | {"seed": last["seed"]}))
 
 
-def _refuse(folder: Path, changed: list[str]) -> None:
+def _refuse(folder: Folder, changed: list[str]) -> None:
     if changed:
         lines = "\n  ".join(changed)
         raise DatasetError(f"{folder} already holds a dataset of another identity:\n  {lines}\nchoose another output folder, or restore what changed")

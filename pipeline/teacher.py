@@ -12,6 +12,7 @@ Shapes: B rows, L positions, H hidden, N positions with noise, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from noise.dataset import differences
 from noise.storage import DatasetError, canonical_json, read_json, sha256_file, sha256_text
 from pipeline import config
 from pipeline.config import HUB_ID
@@ -85,6 +87,16 @@ def describe(teacher: config.Teacher) -> tuple[dict[str, Any], int, Path]:
     return identity, int(width), folder
 
 
+def check_unchanged(teacher: config.Teacher, planned: dict[str, Any]) -> None:
+    """Raises DatasetError by field when a folder does not hold the teacher that was planned (any more). A hub's revision cannot change."""
+    folder, commit = locate(teacher)
+    if commit is not None:
+        return
+    found = {"weights_sha256": weights_hash(folder), "config_sha256": config_hash(folder)}
+    if changed := differences(found, {name: planned[name] for name in found}, "teacher"):
+        raise DatasetError(f"the teacher {folder} was changed since the plan: {'; '.join(changed)}; restore it, or plan into a new output folder")
+
+
 def longest_block(folder: Path) -> int | None:
     """Positions that the model was built for, where it says so."""
     value = read_json(folder / "config.json")
@@ -99,10 +111,17 @@ def _model(folder: Path, teacher: config.Teacher, weights: bool) -> Any:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     dtype = getattr(torch, teacher.dtype)
+    if teacher.device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise DatasetError(f"teacher.device_map is {teacher.device_map!r}, which needs the package accelerate: install it, or leave device_map null")
     try:
         if weights:
             return AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, attn_implementation=teacher.attention, use_safetensors=True, trust_remote_code=False
+                str(folder),
+                dtype=dtype,
+                attn_implementation=teacher.attention,
+                device_map=teacher.device_map,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
         settings = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         with torch.device("meta"):
@@ -122,11 +141,27 @@ class Teacher:
         Raises DatasetError when the model cannot be loaded, its logits are not `vocab_size` wide, or it cannot read documents apart.
         """
         self.temperature, self.vocab_size, self.device = recipe.temperature, vocab_size, torch.device(device)
-        self._model = _model(locate(recipe)[0], recipe, weights=True).to(self.device).eval()
+        model = _model(locate(recipe)[0], recipe, weights=True).eval()
+        self._model = model if recipe.device_map is not None else model.to(self.device)
+        if recipe.device_map is not None:
+            self.device = next(self._model.parameters()).device
+        if recipe.compile:
+            self._compile()
         self._head = self._usable_head()
         self._apart = apart
         if apart is not None:
             self._check_apart(recipe.attention)
+
+    def _compile(self) -> None:
+        """Compile the forward pass, and try it. Raises DatasetError where that does not work: eager would have other bits."""
+        body = self._model if self._model.base_model is self._model else self._model.base_model
+        body.forward = torch.compile(body.forward, dynamic=True)
+        try:
+            with torch.inference_mode():
+                self._model(input_ids=torch.zeros(2, 4, dtype=torch.int64, device=self.device), use_cache=False)
+        except Exception as error:  # a compiler's, of many kinds
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DatasetError(f"teacher.compile is true, but the teacher cannot be compiled here: {reason}; set it to false") from None
 
     @torch.inference_mode()
     def _usable_head(self) -> Any:
@@ -206,7 +241,7 @@ class Teacher:
         size = max(1, CHUNK_ENTRIES // self.vocab_size)
         for start in range(0, len(at_N), size):
             part = slice(start, min(start + size, len(at_N)))
-            chosen = rows_MX[at_N[part]]
+            chosen = rows_MX[at_N[part].to(rows_MX.device)]
             yield part, self._head(chosen) if self._head is not None else chosen
 
     @torch.inference_mode()
@@ -221,4 +256,4 @@ class Teacher:
             logits_BV = out.logits[:, -1]
         if getattr(out, "past_key_values", None) is None:
             raise DatasetError(f"the teacher, a {type(self._model).__name__}, has no KV cache, which generation needs; take another")
-        return logits_BV, out.past_key_values
+        return logits_BV.to(self.device), out.past_key_values

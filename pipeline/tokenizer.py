@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from noise.folder import Folder
 from noise.storage import DatasetError, canonical_json, read_json, sha256_file, sha256_text, write_json
 from pipeline import config
 from pipeline.corpus import Corpus
@@ -86,13 +87,12 @@ def tokenizer_hash(folder: Path) -> str:
     return sha256_text(canonical_json({name: sha256_file(folder / name) for name in FILES if (folder / name).exists()}))
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, dataset: Folder) -> None:
     """The tokenizer's files, in a dataset's own folder."""
-    target.mkdir(parents=True, exist_ok=True)
+    there = dataset.sizes("tokenizer")
     for name in FILES:
-        if (source / name).exists() and not (target / name).exists():
-            shutil.copyfile(source / name, target / f"{name}.tmp")
-            (target / f"{name}.tmp").rename(target / name)
+        if (source / name).exists() and name not in there:
+            dataset.put(f"tokenizer/{name}", (source / name).read_bytes())
 
 
 def find_tokenizer(recipe: config.Work) -> Path:

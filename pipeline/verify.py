@@ -16,6 +16,7 @@ import torch
 
 from noise import philox
 from noise.dataset import TOTALS, Identity, Manifest, Plan, Receipt, Totals, differences, grows_from
+from noise.folder import Folder, Where
 from noise.shard import Rows, ShardMetadata, ShardReader
 from noise.sketch import Sketch, dequantise, justified
 from noise.storage import DatasetError
@@ -28,8 +29,9 @@ IMPROBABLE = 40.0
 """Nats of improbability at which the mean of a shard's ratios is taken for damage: e^-40."""
 
 
-def verify(folder: Path) -> Manifest:
+def verify(where: Where) -> Manifest:
     """Raises DatasetError that names the first file that is missing, damaged or not this dataset's."""
+    folder = Folder.of(where)
     manifest = Manifest.read(folder)
     changed = differences(Plan.read(folder).identity, manifest.identity)
     if changed and grows_from(Plan.read(folder).identity, manifest.identity):
@@ -37,14 +39,15 @@ def verify(folder: Path) -> Manifest:
     if changed:
         raise DatasetError(f"{folder}: plan.json and manifest.json have different identities: {'; '.join(changed)}")
     special = manifest.identity["tokenizer"]
-    if tokenizer_hash(folder / "tokenizer") != special["sha256"]:
-        raise DatasetError(f"{folder / 'tokenizer'} is not the tokenizer of this dataset: its hash is not the identity's; fetch it again")
+    if tokenizer_hash(folder.fetched("tokenizer")) != special["sha256"]:
+        raise DatasetError(f"{folder.path('tokenizer')} is not the tokenizer of this dataset: its hash is not the identity's; fetch it again")
     totals = manifest.totals
     with Progress("verify", "shards", len(manifest.receipts), totals["bytes"]) as progress:
         for receipt in manifest.receipts:
             verify_shard(manifest.open(folder, receipt), receipt, manifest.identity)
             progress.advance(work=receipt.bytes, tokens=receipt.tokens)
-    say(f"verify: {folder} is whole: {totals['rows']:,} rows, {totals['tokens']:,} positions with noise, root hash {manifest.root_hash}")
+    left_out = f", {totals['rows_quarantined']:,} rows quarantined" if "rows_quarantined" in totals else ""
+    say(f"verify: {folder} is whole: {totals['rows']:,} rows, {totals['tokens']:,} positions with noise{left_out}, root hash {manifest.root_hash}")
     return manifest
 
 
@@ -65,13 +68,22 @@ def verify_shard(reader: ShardReader, receipt: Receipt, identity: Identity) -> N
     for name in TOTALS:
         if getattr(found, name) != getattr(receipt, name):
             raise DatasetError(f"{reader.path}: the receipt says {name} {getattr(receipt, name)}, the rows have {getattr(found, name)}")
+    check_left_out(reader.path, np.concatenate(ids) if ids else np.empty(0, np.uint64), receipt)
     if seen and len(np.unique(np.concatenate(ids))) != seen:
         raise DatasetError(f"{reader.path}: a sequence_id occurs twice; the noise of two rows would be the same")
     if ratios:
         check_mean(reader.path, np.concatenate(ratios))
 
 
-def check_tokens(path: Path, rows: Rows, metadata: ShardMetadata, seen: int, bos: int) -> None:
+def check_left_out(path: Path | str, sequence_id_B: np.ndarray, receipt: Receipt) -> None:
+    """The rows that the receipt calls quarantined are not there."""
+    there = set(sequence_id_B.tolist()) & {receipt.shard * 2**32 + row.row for row in receipt.quarantined}
+    if there:
+        row = min(there) % 2**32
+        raise DatasetError(f"{path}: row {row} is there, but its receipt says that it was left out (quarantined); fetch shard and receipt again")
+
+
+def check_tokens(path: Path | str, rows: Rows, metadata: ShardMetadata, seen: int, bos: int) -> None:
     place_L = np.arange(metadata.block_length)[None]
     padding_BL = place_L >= rows.length[:, None]
     _refuse(path, seen, (rows.length < 1) | (rows.length > metadata.block_length), f"length outside 1..{metadata.block_length}")
@@ -84,7 +96,7 @@ def check_tokens(path: Path, rows: Rows, metadata: ShardMetadata, seen: int, bos
     _refuse(path, seen, ~((rows.log_prob <= 0) & np.isfinite(rows.log_prob)), "log_prob is above 0 or not finite")
 
 
-def check_noise(path: Path, rows: Rows, metadata: ShardMetadata, seen: int) -> None:
+def check_noise(path: Path | str, rows: Rows, metadata: ShardMetadata, seen: int) -> None:
     """Entries in range, ascending, not the token, and each explained by a draw."""
     position_N = np.flatnonzero(rows.kept)
     kept_N = rows.kept.reshape(-1)[position_N].astype(np.int64)
@@ -111,7 +123,7 @@ def check_noise(path: Path, rows: Rows, metadata: ShardMetadata, seen: int) -> N
     _refuse(path, seen, np.bincount(position_N[bad_N] // metadata.block_length, minlength=len(rows)) > 0, "probabilities that add up to more than 1")
 
 
-def check_ends(path: Path, rows: Rows, seen: int, identity: Identity) -> None:
+def check_ends(path: Path | str, rows: Rows, seen: int, identity: Identity) -> None:
     """What the teacher wrote follows what was given without a gap, and ends by the rule of the identity."""
     L, eos = rows.input_ids.shape[1], identity["tokenizer"]["eos"]
     last_B = rows.length - 1
@@ -126,7 +138,7 @@ def check_ends(path: Path, rows: Rows, seen: int, identity: Identity) -> None:
     _refuse(path, seen, (rows.length < L) & ~ends_BL.any(1), f"the row is shorter than its block and does not end in EOS ({eos})")
 
 
-def check_choices(path: Path, rows: Rows, metadata: ShardMetadata, seen: int) -> np.ndarray:
+def check_choices(path: Path | str, rows: Rows, metadata: ShardMetadata, seen: int) -> np.ndarray:
     """E_x / p_x of every written token, float64 [N]; raises DatasetError where it is larger than chance makes it."""
     row_N, position_N = (torch.from_numpy(at) for at in np.nonzero(rows.has_noise("sequential")))
     rows_N5 = philox.rows(int(metadata.seed), torch.from_numpy(rows.sequence_id.view(np.int64).copy())[row_N], position_N)
@@ -138,7 +150,7 @@ def check_choices(path: Path, rows: Rows, metadata: ShardMetadata, seen: int) ->
     return ratio_N
 
 
-def check_mean(path: Path, ratio_N: np.ndarray) -> None:
+def check_mean(path: Path | str, ratio_N: np.ndarray) -> None:
     """The mean of N independent Exp(1) is m or farther from 1 with probability at most e^(-N (m - 1 - ln m)) (Chernoff)."""
     mean = float(ratio_N.mean())
     if len(ratio_N) * (mean - 1 - np.log(mean)) > IMPROBABLE:
@@ -148,7 +160,7 @@ def check_mean(path: Path, ratio_N: np.ndarray) -> None:
         )
 
 
-def _refuse(path: Path, seen: int, bad: np.ndarray, reason: str) -> None:
+def _refuse(path: Path | str, seen: int, bad: np.ndarray, reason: str) -> None:
     if bad.any():
         raise DatasetError(
             f"{path}, row {seen + int(np.argwhere(bad)[0][0])}: {reason}; the shard is damaged, fetch it again or remake it from its plan"

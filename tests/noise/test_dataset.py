@@ -74,7 +74,7 @@ def test_differences_name_each_field() -> None:
     del theirs["draws"]
     theirs["dtype"] = "bfloat16"
     assert differences(ours, theirs) == [
-        "corpus.files[0].sha256: 'ab' here, 'cd' there",
+        "corpus.files[a.txt].sha256: 'ab' here, 'cd' there",
         "draws: 1 here, None there",
         "dtype: None here, 'bfloat16' there",
         "epsilon: 0.125 here, 0.25 there",

@@ -13,7 +13,7 @@ from pipeline.inspect import in_words
 from pipeline.plan import documents_apart, make_plan, write_plan
 from pipeline.teacher import Teacher
 from pipeline.verify import verify
-from pipeline.workers import Worker
+from pipeline.worker import Worker
 from tests.pipeline.world import World, save_teacher
 
 VOCAB, BOS, EOS = 90, 0, 1

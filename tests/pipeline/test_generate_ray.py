@@ -5,19 +5,13 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from noise.dataset import Manifest, committed
-from pipeline import prompts
+from noise.dataset import Manifest
 from pipeline.__main__ import main, parse
-from pipeline.generate import Generation
-from pipeline.plan import write_plan
-from pipeline.stages import _per_token
-from pipeline.teacher import Teacher
 from pipeline.verify import verify
 from tests.pipeline.driver import driver
-from tests.pipeline.world import World, save_teacher, shard_hashes
+from tests.pipeline.world import World, make_here, save_teacher, shard_hashes
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo_generate.yaml"
 
@@ -28,18 +22,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     assert made.run("tokenizer") == 0
     save_teacher(made.root / "teacher", vocab_size=325)
     return made
-
-
-def write_here(arguments: list[str]) -> None:
-    """The dataset as one process makes it, shard after shard."""
-    recipe = parse(["generate", *arguments])[1]
-    fresh, corpus, tokenizer = prompts.make_plan(recipe)
-    plan = write_plan(recipe, fresh, tokenizer)
-    torch.set_num_threads(recipe.teacher.threads)
-    job = Generation(Path(recipe.output), plan, corpus, tokenizer, Teacher(recipe.teacher, plan.identity["vocab_size"]))
-    for shard in reversed(range(len(plan.shards))):
-        job.extract(shard)
-    Manifest.write(job.folder, plan, _per_token([*committed(job.folder).values()]))
 
 
 def options(world: World, name: str, workers: int) -> list[str]:
@@ -55,7 +37,7 @@ def test_killed_worker_and_killed_driver_change_no_byte_and_two_workers_write_wh
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed, dataset = world.root / "undisturbed", world.root / "disturbed"
-    write_here(options(world, "undisturbed", 1))
+    make_here(["generate", *options(world, "undisturbed", 1)])
     with driver(dataset, ["generate", *options(world, "disturbed", 2)]) as running:
         os.kill(running.next("shard")["pid"], signal.SIGKILL)
         running.next("worker died")

@@ -11,7 +11,7 @@ from noise.storage import DatasetError
 from pipeline.__main__ import main
 from pipeline.inspect import in_words, summary
 from pipeline.verify import verify
-from pipeline.workers import Worker
+from pipeline.worker import Worker
 from tests.pipeline.world import World, save_teacher, texts
 
 

@@ -5,15 +5,16 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from noise.dataset import Manifest, committed
+from noise.dataset import Manifest, Plan, committed
 from noise.sketch import Codec
 from pipeline.__main__ import main
 from pipeline.verify import verify
 from tests.pipeline.driver import driver
-from tests.pipeline.world import World, save_teacher, shard_hashes, write_corpus
+from tests.pipeline.world import World, save_teacher, shard_hashes, texts, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +65,42 @@ def test_a_finished_dataset_stays_within_the_theorem_and_needs_no_ray_again(
     assert "is complete" in capsys.readouterr().err
 
 
-def test_shards_that_fail_by_their_data_are_reported_and_everything_else_is_committed(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_that_fails_by_its_data_is_retried_reported_and_at_last_made_without_its_bad_row(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = write_corpus(world.root / "zoo", 12)
-    (world.root / "zoo" / "007.txt").write_text("Zebra " * 60)  # the one document with this letter
+    (world.root / "zoo" / "007.txt").write_text("Zebra. " + texts(1, 7)[0])  # the one document with this letter
     save_teacher(world.root / "poisoned", poison="Z", tokenizer=world.root / "tokenizer")
-    arguments = options(world, "partly", teacher__model=world.root / "poisoned", corpus__files=files, corpus__held_out=0, ray__workers=1)
+    dataset = world.root / "partly"
+    changes = {"teacher__model": world.root / "poisoned", "corpus__files": files, "corpus__held_out": 0, "ray__workers": 1, "ray__retries": 1}
+    arguments = options(world, "partly", **changes)
     assert main(["extract", *arguments]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    plan = json.loads((world.root / "partly" / "plan.json").read_text())
-    done = committed(world.root / "partly")
-    assert len(done) == len(plan["shards"]) - 1 and not (world.root / "partly" / "manifest.json").exists()
-    (absent,) = set(range(len(plan["shards"]))) - set(done)
-    assert f"1 of {len(plan['shards'])} shards failed, everything else is committed; first: shard {absent}, row " in error
-    assert "(NaN or infinite logits)" in error
+    shards, done = len(Plan.read(dataset).shards), committed(dataset)
+    (absent,) = set(range(shards)) - set(done)
+    assert f"1 of {shards} shards failed, everything else is committed; first: shard {absent}, row " in error
+    assert "(NaN or infinite logits)" in error and not (dataset / "manifest.json").exists()
+    assert [event["shard"] for event in events(dataset, "shard retried")] == [absent]
+    assert main(["extract", *arguments, "--quarantine"]) == 0
+    manifest = verify(dataset)
+    assert {shard for shard, receipt in committed(dataset).items() if receipt.quarantined} == {absent} and done.items() <= committed(dataset).items()
+    assert manifest.totals["rows_quarantined"] == 1 and "1 more quarantined" in capsys.readouterr().err
+    assert main(["extract", *arguments]) == 0  # it is whole, as it is
+    assert {event["shard"] for event in events(dataset, "shard")} == set(range(shards))
+
+
+def events(dataset: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for line in (dataset / "run.jsonl").read_text().splitlines() if (event := json.loads(line))["event"] == kind]
+
+
+def test_the_first_worker_finds_the_micro_batch_that_the_plan_leaves_open(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = options(world, "auto", teacher__micro_batch="auto", ray__workers=2, ray__pinned="true")
+    assert main(["extract", *arguments]) == 0
+    assert "micro-batches of 128 rows" in capsys.readouterr().err
+    assert Plan.read(world.root / "auto").environment["numerics"]["micro_batch"] == 128
+    made = events(world.root / "auto", "shard")
+    assert made and all(event["seconds"] >= event["teacher_seconds"] > 0 and event["micro_batch"] is None for event in made)
+    verify(world.root / "auto")
 
 
 def test_a_local_ray_that_does_not_start_at_once_is_started_again_and_one_that_never_does_is_one_line(

@@ -1,6 +1,7 @@
 """What shards need of a teacher, and what is said of a teacher or of log-probs that cannot be used. No Ray."""
 
 import errno
+import importlib.util
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pipeline import config, teacher
 from pipeline.extract import Job
 from pipeline.plan import make_plan, write_plan
 from pipeline.verify import verify, verify_shard
-from pipeline.workers import Worker
+from pipeline.worker import Worker
 from tests.pipeline.world import BLOCK, VOCAB, World, save_teacher
 
 
@@ -135,6 +136,39 @@ def test_a_token_id_that_the_teacher_does_not_have_is_an_error_that_names_it(wor
 def test_a_teacher_that_does_not_fit_is_refused_when_planning(world: World, changes: dict[str, object], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         job(world, "misfit", **changes)
+
+
+def test_a_teacher_over_several_devices_needs_accelerate_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DatasetError, match="device_map is 'auto', which needs the package accelerate: install it, or leave device_map null"):
+        job(world, "spread", teacher__device_map="auto")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+def test_a_teacher_over_several_devices_says_the_same(world: World) -> None:
+    spread, alone = job(world, "spread-data", teacher__device_map="auto"), job(world, "alone-data")
+    assert spread.plan.environment["numerics"]["device_map"] == "auto" and spread.plan.identity == alone.plan.identity
+    assert spread.extract(0).nll_sum == pytest.approx(alone.extract(0).nll_sum, rel=1e-5)
+
+
+def test_a_compiled_teacher_is_part_of_the_plan_and_one_that_cannot_be_compiled_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, eager = job(world, "compiled", teacher__compile="true"), job(world, "eager")
+    assert compiled.plan.environment["numerics"]["compile"] is True and "compile" not in eager.plan.environment["numerics"]
+    assert compiled.extract(0).nll_sum == pytest.approx(eager.extract(0).nll_sum, rel=1e-5)
+    with pytest.raises(DatasetError, match=r"teacher\.compile: None here, True there"):
+        job(world, "compiled")
+
+    def broken(function: object, **options: object) -> object:
+        def call(*args: object, **kwargs: object) -> None:
+            raise RuntimeError("no C++ compiler\nin detail")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(DatasetError, match="the teacher cannot be compiled here: no C\\+\\+ compiler; set it to false"):
+        job(world, "compiled", teacher__compile="true")
+    with pytest.raises(ValueError, match="the teacher writes token by token, which is not compiled"):
+        config.GenerateRecipe(teacher=config.Teacher(compile=True), generate=config.Generate(rows=1))
 
 
 def test_what_decides_bits_cannot_change_within_a_dataset(world: World) -> None:

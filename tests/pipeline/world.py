@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from noise.dataset import Manifest
 from noise.storage import sha256_file
+from pipeline import plan, prompts
 from pipeline.__main__ import main, parse
 from pipeline.config import Recipe
+from pipeline.extract import Job
+from pipeline.generate import Generation
+from pipeline.stages import _per_token
+from pipeline.teacher import Teacher
 
 VOCAB, BLOCK = 320, 24
 WORDS = [
@@ -110,3 +116,16 @@ def shard_hashes(dataset: Path) -> dict[str, str]:
 def environment() -> dict[str, str]:
     """For subprocesses: the checkout importable, nothing compiled, one thread."""
     return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+
+def make_here(arguments: list[str]) -> None:
+    """The dataset as one process makes it, without Ray, shard after shard from the last to the first."""
+    command, recipe, _ = parse(arguments)
+    fresh, corpus, tokenizer = (prompts if command == "generate" else plan).make_plan(recipe)
+    standing = plan.write_plan(recipe, fresh, tokenizer)
+    torch.set_num_threads(recipe.teacher.threads)
+    teacher = Teacher(recipe.teacher, standing.identity["vocab_size"])
+    job = (Generation if command == "generate" else Job)(Path(recipe.output), standing, corpus, tokenizer, teacher)
+    for shard in reversed(range(len(standing.shards))):
+        job.extract(shard)
+    Manifest.write(job.folder, standing, _per_token)

@@ -1,0 +1,122 @@
+"""s3:// and gs:// -> pyarrow's clients: how an address is read, which errors pass by themselves, and what the others mean.
+
+    s3://bucket/folder?endpoint_override=host:9000&scheme=http&region=x      options come last, and never hold credentials
+
+Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS)
+or from the machine's role, on every machine that reads or writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+from noise.storage import DatasetError
+
+T = TypeVar("T")
+URI = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?]*)/?(.*)", re.DOTALL)
+SCHEMES = ("s3", "gs", "gcs")
+OPTIONS: dict[str, Callable[[str], Any]] = {
+    "region": str,
+    "endpoint_override": str,
+    "scheme": str,
+    "force_virtual_addressing": lambda value: value.lower() in ("1", "true"),
+    "request_timeout": float,
+    "connect_timeout": float,
+}
+"""Of s3://, with what reads each; timeouts in seconds."""
+TIMEOUTS = {"request_timeout": 60.0, "connect_timeout": 10.0}
+ATTEMPTS = 6
+"""Of one operation, each of which pyarrow's client has tried several times itself: about half a minute of waiting in all."""
+TRANSIENT = re.compile(
+    r"HTTP status (?:5\d\d|429|408)|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|THROTTLING|REQUEST_TIMEOUT|NETWORK_CONNECTION|curlCode|"
+    r"timed? ?out|connection reset",
+    re.IGNORECASE,
+)
+REFUSED = re.compile(r"HTTP status 40[13]|ACCESS_DENIED|ACCESS_KEY_ID|SIGNATURE|TOKEN|CREDENTIAL|UNAUTHENTICATED|PERMISSION_DENIED", re.IGNORECASE)
+NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|bucket does not exist", re.IGNORECASE)
+
+
+class StoreError(OSError):
+    """A store did not do what it was asked, and asking again will not help by itself. `filename` is the address."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+def split(location: str) -> tuple[str, str, str]:
+    """(what comes before the path, the path, the options after it): s3://bucket/ + folder/name + ?region=x, or a local path alone."""
+    match = URI.fullmatch(location)
+    if match is None:
+        return "", location, ""
+    scheme, authority, path = match.groups()
+    path, mark, options = path.rpartition("?") if re.search(r"\?[^/?*]+=", path) else (path, "", "")
+    return f"{scheme}://{authority}/", path, mark + options
+
+
+@functools.cache
+def client(address: str) -> tuple[Any, str]:
+    """(pyarrow filesystem, what its paths begin with) of `scheme://bucket/?options`. Raises DatasetError for an address that cannot be used."""
+    from pyarrow import fs
+
+    scheme, bucket, options = URI.fullmatch(address).groups()  # type: ignore[union-attr]
+    if ":" in bucket or "@" in bucket:
+        raise DatasetError(f"a {scheme}:// address with a password is refused, since recipes are saved; put credentials in the environment")
+    if scheme != "s3":
+        try:
+            store, path = fs.FileSystem.from_uri(address)
+        except (ValueError, ImportError) as error:
+            raise DatasetError(f"{address}: {error}") from None
+        return store, f"{path.rstrip('/')}/"
+    values: dict[str, Any] = {}
+    for name, value in parse_qsl(options.removeprefix("?"), keep_blank_values=True):
+        if name not in OPTIONS:
+            raise DatasetError(f"s3://{bucket}: there is no option {name!r}, only {', '.join(OPTIONS)}; credentials come from the environment")
+        try:
+            values[name] = OPTIONS[name](value)
+        except ValueError:
+            raise DatasetError(f"s3://{bucket}: {name} is {value!r}, expected seconds") from None
+    if not {"region", "endpoint_override"} & set(values) and not {"AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"} & set(os.environ):
+        values["region"] = patiently(lambda: fs.resolve_s3_region(bucket), f"s3://{bucket}")
+    # delayed open: a file that fits one part is one PUT, where three requests would make it a multipart upload
+    return fs.S3FileSystem(**TIMEOUTS | values, allow_delayed_open=True), f"{bucket}/"
+
+
+def patiently(action: Callable[[], T], name: str) -> T:
+    """What the action returns; errors that pass by themselves are waited out, a bounded number of times.
+
+    Raises FileNotFoundError, or StoreError that names `name` and the way out.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            if attempt == ATTEMPTS - 1 or not TRANSIENT.search(str(error)):
+                raise StoreError(error.errno, in_words(error, name, attempt + 1), name) from None
+        pause(attempt)
+    raise AssertionError
+
+
+def pause(attempt: int) -> None:
+    """Wait 0.5 to 1 s, and twice as long after every attempt, up to 30 s."""
+    time.sleep(random.uniform(0.5, 1.0) * min(30.0, 2.0**attempt))
+
+
+def in_words(error: OSError, name: str, attempts: int = 1) -> str:
+    """What went wrong and the way out."""
+    reason = str(error).strip()
+    if NO_BUCKET.search(reason):
+        return f"there is no such bucket; create it, or name another ({reason})"
+    if REFUSED.search(reason):
+        return f"the store refuses it; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role that may do it, where this runs ({reason})"
+    return f"the store failed{f' {attempts} times' if attempts > 1 else ''}: {reason}"
