@@ -18,7 +18,7 @@ from pipeline.config import Recipe
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for pattern in ("lm1b_*.yaml", "owt_*.yaml") for path in (ROOT / "recipes").glob(pattern))
 POSITIONS = {"openai-community/gpt2": 1024, "openai-community/gpt2-large": 1024, "Qwen/Qwen2.5-0.5B": 32_768}
-IN_THE_IMAGE = "/home/ray/gumbel/"
+IN_THE_IMAGE = "~/gumbel/"
 
 
 def pinned(name: str) -> str:
@@ -38,7 +38,7 @@ def only(value: dict[str, Any], *allowed: str) -> None:
 
 
 def read(words: list[str]) -> Recipe:
-    """The recipe of `python -m pipeline extract ...`, or of what follows `extract`, with the image's folder put here."""
+    """The recipe of `python -m pipeline extract ...`, or of what follows `extract`, with the folder of the other machines' home put here."""
     words = [str(ROOT / word.removeprefix(IN_THE_IMAGE)) if word.startswith(IN_THE_IMAGE) else word for word in words]
     return parse(words[words.index("extract") :])[1]
 
@@ -88,7 +88,7 @@ def test_machines_install_the_versions_of_constraints() -> None:
     (folder,) = [remote for remote, here in cluster()["file_mounts"].items() if here == "."]
     assert folder + "/" == IN_THE_IMAGE and f"cd {folder} " in setup
     dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
-    assert "-c constraints.txt -e '.[pipeline]'" in dockerfile and f"WORKDIR {folder}\n" in dockerfile
+    assert "-c constraints.txt -e '.[pipeline]'" in dockerfile and f"WORKDIR {folder.removeprefix('~/')}\n" in dockerfile
     copied = {word for line in re.findall(r"^COPY --chown=\S+ (.*) \S+$", dockerfile, re.MULTILINE) for word in line.split()}
     assert {"constraints.txt", "pyproject.toml", "README.md", "noise", "pipeline", "recipes"} <= copied
     assert all((ROOT / word).exists() for word in copied)
