@@ -32,9 +32,10 @@ from benchmarks import floor, results, teachers
 from benchmarks.teachers import Distributions
 from noise import philox
 from noise.compiled import compiled
+from noise.decode import decode
 from noise.posterior import posterior_gumbel
 from noise.shard import FORMAT_VERSION, ROWS_PER_BATCH, Rows, ShardMetadata, ShardReader, ShardWriter
-from noise.sketch import Codec, Sketch, decode, encode, select
+from noise.sketch import Codec, Sketch, encode, select
 from pipeline import estimate
 
 CHUNK = 32  # positions at a time

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from noise.dataset import Plan, Receipt, shard_name
+from noise.dataset import Plan
+from noise.receipt import Receipt, shard_name
 from noise.storage import DatasetError, canonical_json
 from pipeline.__main__ import main as pipeline
 

@@ -24,7 +24,10 @@ from torch import Tensor
 
 from eval.sampler import NOISE_DRAW, stream_uniform
 from noise import philox
-from noise.dataset import Manifest, Plan, commit_shard, committed, default_seed
+from noise.commit import commit_shard
+from noise.dataset import Manifest, Plan
+from noise.identity import default_seed
+from noise.receipt import committed
 from noise.shard import FORMAT_VERSION
 from pipeline.extract import rows_with_noise
 from trainer.config import NoiseConfig

@@ -4,12 +4,15 @@ The data flow of this room, one file each:
 
     philox      the counter-based stream: (seed, sequence, position, draw) -> exponentials E, equal on every device
     posterior   Algorithm 1 of the paper in exponential space: log-probs and a token -> the noise that chose it
-    sketch      the epsilon-sketch: the few entries the teacher moved -> kept entries, and back to dense noise
+    sketch      the epsilon-sketch: the few entries the teacher moved -> kept entries
     candidates  the fast search for those entries, from logits, without exp
-    lazy        noise that is made where it is read, a chunk of the vocabulary at a time
+    decode      kept entries -> noise, made where it is read, a chunk of the vocabulary at a time
     estimate    kept entries -> the teacher's cross-entropy for token-level distillation, without bias
     shard       kept entries and tokens -> one Arrow file, memory-mapped on the way back
-    dataset     identity, plan, receipts, manifest: what makes a folder of shards a dataset
+    identity    everything that decides a dataset's numbers, and its hash
+    receipt     what was committed as one shard
+    commit      a shard appears whole, once, whoever else writes it at the same time
+    dataset     plan and manifest: what makes a folder of shards a dataset
     folder      where a dataset is: this machine or a store, behind the few operations that a dataset needs
     stores      s3:// and gs://: addresses, retries, errors in words
     storage     atomic writes and hashes

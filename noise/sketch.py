@@ -174,27 +174,6 @@ def dequantise(code_K: Tensor, codec: Codec) -> Tensor:
     return torch.exp(code_K.to(torch.float64) * -codec.step).to(torch.float32)
 
 
-def decode(sketch: Sketch, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> Tensor:
-    """Dense posterior noise g, float32 [N, V], of the draw that the rows name (below the codec's R).
-
-    Prior noise everywhere but at the kept entries and the token: nothing else was moved by more than epsilon.
-    """
-    g_NV = philox.gumbel(rows_N5, codec.vocab_size)
-    owner_K, index_K, value_K = corrections(sketch, token_N, rows_N5, codec)
-    g_NV[owner_K, index_K] = value_K
-    return g_NV
-
-
-def corrections(sketch: Sketch, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
-    """Where posterior noise is not the prior's: (position int64, vocabulary entry int64, g float32), kept entries first, then the tokens."""
-    e0_N, at_N = philox.winner_exponential(rows_N5), torch.arange(len(token_N), device=token_N.device)
-    owner_K = torch.repeat_interleave(at_N, sketch.kept_N, output_size=len(sketch.index_K))
-    e_K = philox.exponential(philox.words_at(rows_N5[owner_K], sketch.index_K))
-    g_K = -torch.log(e_K + dequantise(sketch.code_K, codec) * e0_N[owner_K])
-    g_N = -sketch.log_prob_N - e0_N.log()
-    return torch.cat([owner_K, at_N]), torch.cat([sketch.index_K, token_N]), torch.cat([g_K, g_N])
-
-
 def justified(sketch: Sketch, rows_N5: Tensor, codec: Codec) -> Tensor:
     """bool [K]: whether some draw explains each kept entry, given its decoded p. One that none explains is damage."""
     owner_K = torch.repeat_interleave(torch.arange(len(rows_N5), device=rows_N5.device), sketch.kept_N, output_size=len(sketch.index_K))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from noise.dataset import Manifest, Plan, identity_hash, parts
+from noise.dataset import Manifest, Plan
 from noise.folder import Folder, Where
+from noise.identity import identity_hash, parts
 from noise.shard import Layout
 from pipeline.inspect import left_out
 

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from noise import philox
-from noise.dataset import Plan, Receipt, commit_shard
+from noise.commit import commit_shard
+from noise.dataset import Plan
 from noise.folder import Where
+from noise.receipt import Receipt
 from noise.shard import ROWS_PER_BATCH, Rows, ShardMetadata
 from noise.sketch import Sketch, TeacherError, encode, normaliser
 from noise.storage import DatasetError

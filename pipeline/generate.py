@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from noise import philox
-from noise.dataset import Identity, Receipt, commit_shard
+from noise.commit import commit_shard
+from noise.identity import Identity
+from noise.receipt import Receipt
 from noise.shard import Rows, ShardMetadata
 from noise.sketch import TeacherError
 from noise.storage import DatasetError, canonical_json, sha256_text

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from noise.dataset import Identity, Manifest, Plan, identity_hash, listed, parts
+from noise.dataset import Manifest, Plan
 from noise.folder import Folder, Where
+from noise.identity import Identity, identity_hash, parts
+from noise.receipt import listed
 from noise.storage import DatasetError
 
 

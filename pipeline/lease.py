@@ -3,7 +3,7 @@
 The driver renews it every BEAT seconds and removes it at the end. Another driver stops, unless the holder is dead: on the
 same machine its process is looked for, on another one a lease that was not renewed for SECONDS is over. (Clocks that differ
 by more, or a store where two begin within the same moment, let two drivers run until the next renewal; then one of them
-stops. Both make the same bytes, and `noise.dataset.commit_shard` says what holds where they do not.) Outside identity.
+stops. Both make the same bytes, and `noise.commit.commit_shard` says what holds where they do not.) Outside identity.
 """
 
 from __future__ import annotations

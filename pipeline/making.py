@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from noise.dataset import Quarantined
+from noise.receipt import Quarantined
 from noise.shard import Rows, ShardMetadata
 from noise.sketch import TeacherError
 from noise.storage import DatasetError

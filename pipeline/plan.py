@@ -10,8 +10,9 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
-from noise.dataset import Identity, Plan, default_seed, differences, parts
+from noise.dataset import Plan
 from noise.folder import Folder, Where
+from noise.identity import Identity, default_seed, differences, parts
 from noise.shard import FORMAT_VERSION
 from noise.sketch import Codec
 from noise.storage import DatasetError, canonical_json, sha256_text

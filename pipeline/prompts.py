@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from noise.dataset import Identity, Plan, default_seed
+from noise.dataset import Plan
+from noise.identity import Identity, default_seed
 from noise.shard import FORMAT_VERSION
 from noise.sketch import Codec
 from noise.storage import DatasetError, canonical_json, sha256_text

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from noise import philox
-from noise.dataset import Manifest, Plan, differences
+from noise.dataset import Manifest, Plan
 from noise.folder import Folder, Where
+from noise.identity import differences
 from noise.shard import Rows, ShardMetadata, ShardReader
 from noise.storage import DatasetError
 from pipeline import config

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 
-from noise.dataset import Manifest, Receipt, differences, grows_from, listed
+from noise.dataset import Manifest
 from noise.folder import Folder, Where
+from noise.identity import differences, grows_from
+from noise.receipt import Receipt, listed
 from noise.storage import DatasetError
 from pipeline.card import write_card
 from pipeline.config import GenerateRecipe, Recipe, Work, WorkError

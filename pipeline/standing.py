@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from noise.dataset import Identity, Plan, default_seed, differences, parts
+from noise.dataset import Plan
 from noise.folder import Folder
+from noise.identity import Identity, default_seed, differences, parts
 from noise.storage import DatasetError
 from pipeline import config, files
 from pipeline.corpus import EMBEDDED, Corpus, CorpusFile

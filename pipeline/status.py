@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from noise.dataset import Manifest, Plan, Receipt, committed
+from noise.dataset import Manifest, Plan
 from noise.folder import Folder, Where
+from noise.receipt import Receipt, committed
 from noise.storage import DatasetError
 from pipeline.estimate import human
 from pipeline.progress import duration

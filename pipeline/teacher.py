@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noise.dataset import differences
+from noise.identity import differences
 from noise.storage import DatasetError, canonical_json, read_json, sha256_file, sha256_text
 from pipeline import config
 from pipeline.config import HUB_ID

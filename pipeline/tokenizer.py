@@ -150,7 +150,7 @@ def train(recipe: config.Recipe, corpus: Corpus, log: Any) -> Path:
 
 
 def _check_origin(folder: Path, origin: dict[str, Any]) -> None:
-    from noise.dataset import differences
+    from noise.identity import differences
 
     if not (folder / "origin.json").exists():
         raise DatasetError(

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from noise import philox
-from noise.dataset import TOTALS, Identity, Manifest, Plan, Receipt, Totals, differences, grows_from
+from noise.dataset import Manifest, Plan
 from noise.folder import Folder, Where
+from noise.identity import Identity, differences, grows_from
+from noise.receipt import TOTALS, Receipt, Totals
 from noise.shard import Rows, ShardMetadata, ShardReader
 from noise.sketch import Sketch, dequantise, justified
 from noise.storage import DatasetError

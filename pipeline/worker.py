@@ -11,8 +11,9 @@ import socket
 import time
 from dataclasses import dataclass
 
-from noise.dataset import Plan, Receipt
+from noise.dataset import Plan
 from noise.folder import Folder
+from noise.receipt import Receipt
 from noise.storage import DatasetError
 from pipeline.config import Work
 from pipeline.extract import Job

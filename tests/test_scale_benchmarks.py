@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import driver, scale
-from noise.dataset import Plan, listed
+from noise.dataset import Plan
+from noise.receipt import listed
 
 
 def shard(pid: int, began: float, seconds: float, teacher: float, beside: float = 0.1) -> dict[str, Any]:

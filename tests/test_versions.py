@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from noise.dataset import Manifest, Plan, commit_shard, open_shard
+from noise.commit import commit_shard
+from noise.dataset import Manifest, Plan, open_shard
 from noise.shard import FORMAT_VERSION, Layout, Rows
 from noise.sketch import Codec
 from pipeline.verify import verify_shard

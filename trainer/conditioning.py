@@ -7,7 +7,7 @@
 
 The scale of drafts and readout is softplus of a linear function of the hidden state: a position whose context is known
 trusts its noise, one whose context is still open does not. Without noise a draft is softmax(logits) alone.
-Noise comes as a tensor, or unmade (`noise.lazy`); then it passes by in chunks (`streamed`).
+Noise comes as a tensor, or unmade (`noise.decode`); then it passes by in chunks (`streamed`).
 Shapes: N masked positions, V vocabulary, H hidden.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noise.lazy import Noise
+from noise.decode import Noise
 from trainer import streamed
 from trainer.config import NoiseConfig
 

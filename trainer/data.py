@@ -20,7 +20,7 @@ from torch import Tensor
 
 from noise import philox
 from noise.dataset import Manifest
-from noise.lazy import Noise
+from noise.decode import Noise
 from noise.shard import ROWS_PER_BATCH, Rows, ShardReader
 from noise.sketch import Codec, Sketch, select
 from noise.storage import DatasetError

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from noise.compiled import compiled
-from noise.dataset import differences
+from noise.identity import differences
 from noise.storage import DatasetError, read_json, write_text
 from trainer import checkpoint, distributed
 from trainer.chance import Chance

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noise.lazy import Noise
+from noise.decode import Noise
 
 CHUNK_ENTRIES = {"cpu": 2**21, "cuda": 2**26}
 """Entries of noise at a time."""

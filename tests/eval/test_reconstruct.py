@@ -11,7 +11,8 @@ import torch
 
 from eval.reconstruct import full_rows, reconstruct
 from noise import philox
-from noise.dataset import Manifest, Plan, commit_shard
+from noise.commit import commit_shard
+from noise.dataset import Manifest, Plan
 from noise.sketch import Codec
 from noise.storage import DatasetError
 from tests.eval.world import LENGTH, VOCAB, write_heldout

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from noise.dataset import Manifest, Plan, commit_shard
+from noise.commit import commit_shard
+from noise.dataset import Manifest, Plan
 from noise.sketch import Codec
 from tests.noise.teachers import BigramTeacher, identity_of, rows_of
 from trainer.config import NoiseConfig, StudentConfig

@@ -8,7 +8,8 @@ import time
 import torch
 
 from noise import stores
-from noise.dataset import Plan, commit_shard
+from noise.commit import commit_shard
+from noise.dataset import Plan
 from tests.noise.teachers import BigramTeacher, shard_rows
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from noise import philox, sketch
-from noise.dataset import Identity, Manifest, Plan, commit_shard, default_seed
+from noise.commit import commit_shard
+from noise.dataset import Manifest, Plan
+from noise.identity import Identity, default_seed
 from noise.shard import FORMAT_VERSION, Rows, ShardMetadata
 
 SHAPES = ("flat", "peaked", "zipf", "random", "two-way", "one-hot", "on the grid", "vanishing tail", "impossible tail")

@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
-from noise import dataset, storage
-from noise.dataset import Manifest, Plan, commit_shard, committed, default_seed, differences, identity_hash, open_shard
+from noise import storage
+from noise.commit import commit_shard
+from noise.dataset import Manifest, Plan, open_shard
+from noise.identity import default_seed, differences, identity_hash
+from noise.receipt import Receipt, Totals, committed
 from noise.sketch import Codec
 from noise.storage import DatasetError, atomic_file, canonical_json, read_json, sha256_text, write_json
 from tests.noise.teachers import BigramTeacher, identity_of, shard_rows, write_dataset
@@ -39,7 +42,7 @@ def edit(path: Path, **change: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
-def commit(folder: Path, plan: Plan, shard: int, rows: int = 10) -> dataset.Receipt:
+def commit(folder: Path, plan: Plan, shard: int, rows: int = 10) -> Receipt:
     metadata = plan.metadata(shard)
     return commit_shard(folder, metadata, shard_rows(TEACHER, metadata, rows), characters_in=rows)
 
@@ -61,7 +64,7 @@ def test_default_seed_comes_from_all_the_rest_and_is_never_zero(monkeypatch: pyt
     assert default_seed(identity) == default_seed(identity | {"seed": "5"}) == int(identity["seed"])
     assert default_seed(identity | {"corpus": "other"}) != default_seed(identity)
     assert 0 < default_seed(identity) < 2**64
-    monkeypatch.setattr(dataset, "identity_hash", lambda _: "0" * 64)
+    monkeypatch.setattr("noise.identity.identity_hash", lambda _: "0" * 64)
     assert default_seed(identity) != 0
 
 
@@ -97,7 +100,7 @@ def test_plan_and_manifest_come_back_as_written(folder: Path) -> None:
     assert manifest.receipts == list(committed(folder).values())
     assert manifest.totals["rows"] == 75 and manifest.totals["saturated"] == 0 and manifest.totals["characters_in"] == 75
     for receipt in manifest.receipts:
-        recount = dataset.Totals(plan.metadata(receipt.shard))
+        recount = Totals(plan.metadata(receipt.shard))
         for rows in open_shard(folder, receipt, manifest.identity):
             recount.add(rows)
         assert recount.receipt(receipt.file, receipt.sha256, receipt.bytes, receipt.characters_in) == receipt
@@ -268,7 +271,7 @@ def test_a_full_disk_at_the_last_moment_leaves_what_was_committed(tmp_path: Path
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (dataset, "sha256_file")), full)
+    monkeypatch.setattr("os.fsync" if failing == "fsync" else "noise.commit.sha256_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         commit(tmp_path, plan, 1)
     if failing == "fsync":

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from noise import philox
+from noise.decode import decode
 from noise.posterior import posterior_gumbel
-from noise.sketch import Codec, Sketch, decode, encode, justified, quantise
+from noise.sketch import Codec, Sketch, encode, justified, quantise
 from tests.noise import teachers
 from tests.noise.test_compiled import run
 

@@ -12,6 +12,7 @@ import torch
 
 from noise import philox, sketch
 from noise.dataset import Manifest, open_shard
+from noise.decode import decode
 from tests.noise import second_reader
 from tests.noise.teachers import BigramTeacher, write_dataset
 
@@ -78,7 +79,7 @@ def our_noise(rows, seed: str, codec: sketch.Codec, draw: int) -> np.ndarray:  #
         (rows.log_prob[has_noise_BL], np.float32), (rows.kept[has_noise_BL], np.int64), (rows.index, np.int64), (rows.code, np.int64),
     ])  # fmt: skip
     token_N = torch.from_numpy(rows.input_ids[has_noise_BL].astype(np.int64))
-    return sketch.decode(sketch.Sketch(*tensors), token_N, places_N5, codec).numpy()
+    return decode(sketch.Sketch(*tensors), token_N, places_N5, codec).numpy()
 
 
 def test_it_rejects_the_noise_of_another_teacher(dataset: tuple[Path, sketch.Codec]) -> None:

@@ -19,7 +19,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noise.dataset import Plan, commit_shard, open_shard
+from noise.commit import commit_shard
+from noise.dataset import Plan, open_shard
 from noise.shard import Rows, ShardMetadata, ShardReader, ShardWriter
 from noise.sketch import Codec
 from noise.storage import DatasetError

@@ -12,12 +12,13 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from noise import candidates, philox
+from noise.decode import decode
 from noise.posterior import posterior_gumbel
-from noise.sketch import Codec, Sketch, TeacherError, _threshold, decode, dequantise, encode, justified, quantise, select
+from noise.sketch import Codec, Sketch, TeacherError, _threshold, dequantise, encode, justified, quantise, select
 from tests.noise import reference, teachers
 from tests.noise.paths import PATHS, through
 
@@ -111,6 +112,19 @@ def test_every_bound_holds_for_large_vocabularies(shape: str, vocab_size: int, e
     log_probs_NV = teachers.log_probs(shape, 2, vocab_size, seed=draws)
     made = hold_every_bound(log_probs_NV, teachers.sample(log_probs_NV, 1), codec, places(2))
     assert int(made.index_K.max()) < 256**index_bytes and int(made.code_K.max()) < 256**code_bytes - 1
+
+
+@given(
+    vocab_size=st.integers(3_001, 200_000),
+    shape=st.sampled_from(teachers.SHAPES),
+    seed=st.integers(0, 10**6),
+    epsilon=epsilons,
+    draws=st.integers(1, 2),
+)
+@settings(max_examples=25)
+def test_every_bound_holds_for_any_large_vocabulary(vocab_size: int, shape: str, seed: int, epsilon: float, draws: int) -> None:
+    log_probs_NV = teachers.log_probs(shape, 2, vocab_size, seed)
+    hold_every_bound(log_probs_NV, teachers.sample(log_probs_NV, seed), Codec(vocab_size, epsilon, draws), places(2, sequence_id=seed))
 
 
 @pytest.mark.parametrize("shape", teachers.SHAPES)

@@ -19,8 +19,10 @@ from typing import Any, BinaryIO
 import pytest
 
 from noise import storage, stores
-from noise.dataset import Manifest, Plan, Receipt, commit_shard, committed, listed, open_shard
+from noise.commit import commit_shard
+from noise.dataset import Manifest, Plan, open_shard
 from noise.folder import Folder, LocalFolder, StoreFolder
+from noise.receipt import Receipt, committed, listed
 from noise.sketch import Codec
 from noise.storage import DatasetError, sha256_file
 from noise.stores import StoreError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from noise.dataset import Quarantined, Receipt, shard_name
+from noise.receipt import Quarantined, Receipt, shard_name
 from pipeline import cluster, config, workers
 from pipeline.config import WorkError
 from pipeline.progress import Progress

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from noise import philox
-from noise.dataset import Manifest, committed
+from noise.dataset import Manifest
 from noise.posterior import posterior_gumbel
+from noise.receipt import committed
 from noise.storage import DatasetError
 from pipeline import config
 from pipeline.generate import CERTAIN, Choice, write

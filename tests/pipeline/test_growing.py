@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from noise.dataset import Manifest, Plan, committed, identity_hash, open_shard, parts
+from noise.dataset import Manifest, Plan, open_shard
+from noise.identity import identity_hash, parts
+from noise.receipt import committed
 from noise.storage import DatasetError
 from pipeline.__main__ import main
 from pipeline.inspect import in_words, summary

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from noise.dataset import Manifest, Quarantined, commit_shard, committed, open_shard
+from noise.commit import commit_shard
+from noise.dataset import Manifest, open_shard
+from noise.receipt import Quarantined, committed
 from noise.shard import Rows
 from noise.storage import DatasetError, write_json
 from pipeline.card import write_card

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from noise.dataset import Manifest, Plan, committed
+from noise.dataset import Manifest, Plan
+from noise.receipt import committed
 from noise.sketch import Codec
 from pipeline.__main__ import main
 from pipeline.verify import verify

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from noise import philox
-from noise.dataset import Manifest, committed, open_shard
+from noise.dataset import Manifest, open_shard
+from noise.receipt import committed
 from noise.shard import Rows
 from noise.storage import DatasetError
 from pipeline.replay import replay

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from noise.dataset import Manifest, Plan, listed
+from noise.dataset import Manifest, Plan
 from noise.folder import Folder
+from noise.receipt import listed
 from noise.storage import DatasetError
 from pipeline import lease, stages
 from pipeline.__main__ import main

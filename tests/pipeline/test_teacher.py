@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from noise import philox, sketch
-from noise.dataset import Manifest, committed, open_shard
+from noise.dataset import Manifest, open_shard
+from noise.decode import decode
+from noise.receipt import committed
 from noise.storage import DatasetError
 from pipeline import config, teacher
 from pipeline.extract import Job
@@ -94,7 +96,7 @@ def test_the_token_wins_under_the_teacher_with_the_decoded_noise_in_every_draw(w
             kept = sketch.Sketch(log_prob_N, kept_N.to(torch.int64), *entries)
             for draw in range(2):
                 rows_N5 = philox.rows(int(metadata.seed), torch.full((length - 1,), int(one.sequence_id[0])), torch.arange(1, length), draw)
-                g_NV = sketch.decode(kept, ids_BL[0, 1:length], rows_N5, metadata.codec)
+                g_NV = decode(kept, ids_BL[0, 1:length], rows_N5, metadata.codec)
                 assert torch.equal((log_probs_NV + g_NV).argmax(-1), ids_BL[0, 1:length])
 
 
@@ -197,7 +199,7 @@ def test_a_worker_reports_a_full_disk_as_fatal_and_commits_nothing(world: World,
 def test_verify_finds_an_entry_that_the_noise_stream_does_not_explain(world: World) -> None:
     from dataclasses import replace
 
-    from noise.dataset import commit_shard
+    from noise.commit import commit_shard
 
     made = job(world, "forged")
     receipts = [made.extract(shard) for shard in range(len(made.plan.shards))]

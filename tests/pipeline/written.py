@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from noise.dataset import Manifest, commit_shard, open_shard
+from noise.commit import commit_shard
+from noise.dataset import Manifest, open_shard
 from noise.shard import Rows
 from pipeline import config, prompts
 from pipeline.generate import Choice, Generation

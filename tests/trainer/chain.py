@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from noise import philox
-from noise.dataset import Manifest, Plan, commit_shard
+from noise.commit import commit_shard
+from noise.dataset import Manifest, Plan
 from noise.shard import FORMAT_VERSION, Rows
 from noise.sketch import Codec, encode
 

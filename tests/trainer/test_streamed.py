@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from noise import philox
-from noise.lazy import Noise
+from noise.decode import Noise
 from trainer import streamed
 
 POSITIONS, VOCAB, HIDDEN = 11, 1501, 6

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noise.lazy import Noise
+from noise.decode import Noise
 from trainer.backbone import Backbone
 from trainer.chance import Chance
 from trainer.conditioning import Draft, NoiseInput, Readout, check

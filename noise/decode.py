@@ -1,4 +1,4 @@
-"""Noise [N, V] that is made where it is read, a chunk of the vocabulary at a time, as often as it is read.
+"""Decoding the sketch: noise [N, V] that is made where it is read, a chunk of the vocabulary at a time, as often as it is read.
 
 The stream rebuilds any part of the prior noise; what the teacher moved is a short list of entries that replace it. So a
 student can take softmax(g) through a projection, or add g to its logits, without [N, V] in memory, and make the noise
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from noise import philox
-from noise.sketch import Codec, Sketch, corrections
+from noise.sketch import Codec, Sketch, dequantise
 
 Generator = Callable[[Tensor, int, int], Tensor]
 
@@ -41,7 +41,7 @@ class Noise:
 
     @classmethod
     def posterior(cls, sketch: Sketch, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> Noise:
-        """What `noise.sketch.decode` returns, not made yet."""
+        """What `decode` returns, not made yet."""
         return cls(rows_N5, codec.vocab_size, *corrections(sketch, token_N, rows_N5, codec))
 
     def __len__(self) -> int:
@@ -80,3 +80,21 @@ class Noise:
             g_NC = generate(self.rows_N5, stop, start)
             g_NC[self.owner_K[entries_k], self.index_K[entries_k] - start] = value_K[entries_k]
             yield slice(start, stop), g_NC
+
+
+def decode(sketch: Sketch, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> Tensor:
+    """Dense posterior noise g, float32 [N, V], of the draw that the rows name (below the codec's R).
+
+    Prior noise everywhere but at the kept entries and the token: nothing else was moved by more than epsilon.
+    """
+    return Noise.posterior(sketch, token_N, rows_N5, codec).dense()
+
+
+def corrections(sketch: Sketch, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> tuple[Tensor, Tensor, Tensor]:
+    """Where posterior noise is not the prior's: (position int64, vocabulary entry int64, g float32), kept entries first, then the tokens."""
+    e0_N, at_N = philox.winner_exponential(rows_N5), torch.arange(len(token_N), device=token_N.device)
+    owner_K = torch.repeat_interleave(at_N, sketch.kept_N, output_size=len(sketch.index_K))
+    e_K = philox.exponential(philox.words_at(rows_N5[owner_K], sketch.index_K))
+    g_K = -torch.log(e_K + dequantise(sketch.code_K, codec) * e0_N[owner_K])
+    g_N = -sketch.log_prob_N - e0_N.log()
+    return torch.cat([owner_K, at_N]), torch.cat([sketch.index_K, token_N]), torch.cat([g_K, g_N])

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noise import philox
-from noise.lazy import Noise
-from noise.sketch import Codec, decode, encode
+from noise.decode import Noise, decode
+from noise.sketch import Codec, encode
 from tests.noise import teachers
 
 POSITIONS = 13
