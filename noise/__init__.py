@@ -10,12 +10,17 @@ The data flow of this room, one file each:
     estimate    kept entries -> the teacher's cross-entropy for token-level distillation, without bias
     shard       kept entries and tokens -> one Arrow file, memory-mapped on the way back
     identity    everything that decides a dataset's numbers, and its hash
+    lineage     which datasets a dataset was made from, and who made each of its shards
     receipt     what was committed as one shard
     commit      a shard appears whole, once, whoever else writes it at the same time
     dataset     plan and manifest: what makes a folder of shards a dataset
+    seal        what no shard's hash covers: the manifest's own hash, and those of the small files
+    unpacked    how much memory a record batch takes, read before Arrow unpacks it
     folder      where a dataset is: this machine or a store, behind the few operations that a dataset needs
     stores      s3:// and gs://: addresses, retries, errors in words
+    hub         hf://: a dataset on the Hugging Face Hub
     storage     atomic writes and hashes
+    secrets     keys and tokens reach neither files nor messages
     compiled    machine code where it can be had: torch.compile, numba; the same results without
     native      the stream's words and the search, for numba
 

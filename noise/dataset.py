@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from noise.folder import Folder, Where
-from noise.identity import CODEC_FIELDS, Identity, Owners, check_identity, differences, grows_from, identity_hash, owner, owners
+from noise.identity import CODEC_FIELDS, Identity, check_identity, differences, identity_hash
+from noise.lineage import Span, grows_from, origin, spans
 from noise.receipt import OPTIONAL, TOTALS, Receipt, committed, read_receipt
+from noise.seal import sealed, write_seal
 from noise.shard import ShardMetadata, ShardReader
 from noise.sketch import Codec
 from noise.storage import DatasetError, sha256_text
@@ -42,11 +44,12 @@ class Plan:
         codec = Codec(self.identity["vocab_size"], self.identity["epsilon"], self.identity["draws"])
         values = {name: self.identity[name] for name in CODEC_FIELDS}
         compression = self.identity.get("compression", "none")
-        return ShardMetadata(**values, step=codec.step, shard=shard, identity_hash=owner(self._owners, shard), compression=compression)
+        made_by, _ = origin(self._spans, shard)
+        return ShardMetadata(**values, step=codec.step, shard=shard, identity_hash=made_by, compression=compression)
 
     @functools.cached_property
-    def _owners(self) -> Owners:
-        return owners(self.identity)
+    def _spans(self) -> list[Span]:
+        return spans(self.identity)
 
     def write(self, where: Where) -> None:
         """Write plan.json, also over the plan of a dataset that this one grows from.
@@ -88,24 +91,30 @@ class Manifest:
     receipts: list[Receipt]
     root_hash: str
 
-    @property
+    @functools.cached_property
     def totals(self) -> dict[str, Any]:
         totals = {name: sum(getattr(receipt, name) for receipt in self.receipts) for name in TOTALS + OPTIONAL}
         return {name: total for name, total in totals.items() if total or name not in OPTIONAL}
 
     @functools.cached_property
-    def _owners(self) -> Owners:
-        return owners(self.identity)
+    def _spans(self) -> list[Span]:
+        return spans(self.identity)
 
     def open(self, folder: Where, receipt: Receipt, check_hash: bool = True) -> ShardReader:
         """As `open_shard`; the identity, which can name 100,000 files, is hashed once."""
-        return _open_shard(Folder.of(folder), receipt, owner(self._owners, receipt.shard), check_hash)
+        return _open_shard(Folder.of(folder), receipt, origin(self._spans, receipt.shard), check_hash)
 
     @classmethod
-    def write(cls, where: Where, plan: Plan, extra: Callable[[list[Receipt]], dict[str, Any]] | None = None) -> Manifest:
+    def write(
+        cls,
+        where: Where,
+        plan: Plan,
+        extra: Callable[[list[Receipt]], dict[str, Any]] | None = None,
+        before: Callable[[Manifest], None] | None = None,
+    ) -> Manifest:
         """Write manifest.json from the receipts. Raises DatasetError naming the shards that are not committed, or not as their receipts say.
 
-        `extra` makes more fields of the receipts; they are for people, and no hash depends on them.
+        `extra` makes more fields of the receipts, for people; `before` puts what else belongs to the dataset (its card) before it is sealed.
         """
         folder = Folder.of(where)
         receipts = committed(folder)
@@ -115,15 +124,26 @@ class Manifest:
         ordered = [receipts[shard] for shard in range(len(plan.shards))]
         _check_sizes(folder, ordered)
         manifest = cls(plan.identity, ordered, root_hash(plan.identity, ordered))
-        value = {
-            "identity": plan.identity,
-            "identity_hash": identity_hash(plan.identity),
-            "totals": manifest.totals,
-            "receipts": [receipt.to_json() for receipt in ordered],
-            "root_hash": manifest.root_hash,
-        }
-        folder.put_json("manifest.json", {**(extra(ordered) if extra else {}), **value})
+        if before is not None:
+            before(manifest)
+        manifest.save(folder, extra(ordered) if extra else {})
         return manifest
+
+    def save(self, where: Where, about: dict[str, Any], files: dict[str, str] | None = None) -> None:
+        """Write seal.json, of the small files that are there, and manifest.json, the last file of a dataset; `about` holds more fields.
+
+        `files`: their hashes, where they are on their way.
+        """
+        folder = Folder.of(where)
+        value = {
+            "identity": self.identity,
+            "identity_hash": identity_hash(self.identity),
+            "totals": self.totals,
+            "receipts": [receipt.to_json() for receipt in self.receipts],
+            "root_hash": self.root_hash,
+        }
+        write_seal(folder, files)
+        folder.put_json("manifest.json", sealed({**about, **value}))
 
     @classmethod
     def read(cls, where: Where) -> Manifest:
@@ -169,10 +189,10 @@ def _check_size(path: str, size: int | None, receipt: Receipt) -> None:
 
 def open_shard(folder: Where, receipt: Receipt, identity: Identity, check_hash: bool = True) -> ShardReader:
     """A committed shard, checked against its receipt (size, hash) and the dataset's identity. Of a store, a copy that goes with the reader."""
-    return _open_shard(Folder.of(folder), receipt, owner(owners(identity), receipt.shard), check_hash)
+    return _open_shard(Folder.of(folder), receipt, origin(spans(identity), receipt.shard), check_hash)
 
 
-def _open_shard(folder: Folder, receipt: Receipt, expected: str, check_hash: bool) -> ShardReader:
+def _open_shard(folder: Folder, receipt: Receipt, expected: tuple[str, int], check_hash: bool) -> ShardReader:
     name = f"shards/{receipt.file}"
     path = folder.path(name)
     try:
@@ -184,6 +204,6 @@ def _open_shard(folder: Folder, receipt: Receipt, expected: str, check_hash: boo
         raise DatasetError(f"{path} has sha256 {found[:16]}..., its receipt says {receipt.sha256[:16]}...: edited or damaged; {WAY_OUT}")
     reader = ShardReader(path, source)
     ours = reader.metadata
-    if ours.identity_hash != expected or ours.shard != receipt.shard:
+    if (ours.identity_hash, ours.shard) != expected:
         raise DatasetError(f"{path} belongs to another dataset: its identity_hash is {ours.identity_hash[:16]}..., its shard {ours.shard}")
     return reader

@@ -19,6 +19,8 @@ import hashlib
 import io
 import mmap
 import os
+import shutil
+import stat
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -31,6 +33,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from noise import storage, stores
+from noise.secrets import refuse_secrets
 from noise.storage import DatasetError
 
 READERS = 32
@@ -53,11 +56,19 @@ class Folder(ABC):
         scheme = stores.URI.fullmatch(str(where))
         if scheme is None:
             return LocalFolder(Path(where))
+        refuse_secrets("the address of a dataset", where)
         if scheme[1] == "file":
             return LocalFolder(Path(unquote(urlsplit(str(where)).path)))
+        if scheme[1] == "hf":
+            from noise.hub import HubFolder
+
+            return HubFolder(str(where))
         if scheme[1] not in stores.SCHEMES:
-            raise DatasetError(f"{where}: a dataset is on this machine, or at s3:// or gs://; nothing here writes to {scheme[1]}://")
+            raise DatasetError(f"{where}: a dataset is on this machine, or at s3://, gs:// or hf://; nothing here reads or writes {scheme[1]}://")
         return StoreFolder(str(where))
+
+    def begin(self, private: bool, dry_run: bool) -> None:  # noqa: B027
+        """Before a dataset is brought here: make the place, where a place must be made."""
 
     @abstractmethod
     def absolute(self) -> str:
@@ -121,6 +132,10 @@ class Folder(ABC):
         """A pyarrow file to read at random, mapped into memory. Raises FileNotFoundError."""
 
     @abstractmethod
+    def download(self, name: str, file: BinaryIO) -> None:
+        """Make an open file on this machine a copy of `name`. Raises FileNotFoundError."""
+
+    @abstractmethod
     def fetched(self, name: str) -> Path:
         """A subfolder of small files as a folder on this machine."""
 
@@ -144,6 +159,7 @@ class LocalFolder(Folder):
 
     def __init__(self, path: Path):
         self._path = path
+        self._checked: set[str] = set()
 
     def __str__(self) -> str:
         return str(self._path)
@@ -155,7 +171,26 @@ class LocalFolder(Folder):
         return str(self._path / name)
 
     def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
+        return storage.read_small(self._within(name))
+
+    def _within(self, name: str) -> Path:
+        """Where a file of this folder is, to be read. Raises DatasetError where a link leads out of the folder, or it is no file.
+
+        Links to where the hub's client keeps the files of a snapshot are its own.
+        """
+        path, (above, _, _) = self._path / name, name.rpartition("/")
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode) and above in self._checked:
+            return path
+        here, real = self._path.resolve(), path.resolve()
+        kept = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
+        if not (real.is_relative_to(here) or real.is_relative_to(kept)):
+            raise DatasetError(f"{path} is a link that leads out of the dataset, to {real}; put the file itself there if you trust it")
+        if not real.is_file():
+            raise DatasetError(f"{path} is not a file")
+        if stat.S_ISREG(mode):
+            self._checked.add(above)
+        return path
 
     def read_all(self, names: Iterable[str]) -> list[bytes]:
         return [self.read(name) for name in names]
@@ -211,9 +246,18 @@ class LocalFolder(Folder):
             yield
 
     def map(self, name: str) -> Any:
-        return pa.memory_map(str(self._path / name))
+        return pa.memory_map(str(self._within(name)))
+
+    def download(self, name: str, file: BinaryIO) -> None:
+        file.seek(0)
+        with self._within(name).open("rb") as source:
+            shutil.copyfileobj(source, file, PIECE)
+        file.truncate()
+        file.flush()
 
     def fetched(self, name: str) -> Path:
+        for file in self.sizes(name):
+            self._within(f"{name}/{file}")
         return self._path / name
 
 
@@ -245,8 +289,13 @@ class StoreFolder(Folder):
 
     def read(self, name: str) -> bytes:
         def fetch() -> bytes:
+            parts, size = [], 0
             with self._client.open_input_stream(self._prefix + name) as stream:
-                return bytes(stream.read())
+                while part := stream.read(PIECE):
+                    parts.append(part)
+                    if (size := size + len(part)) > storage.LARGEST_FILE:
+                        raise DatasetError(f"{self.path(name)} is too large: no file of a dataset but its shards has {storage.LARGEST_FILE:,} bytes")
+            return b"".join(parts)
 
         return stores.patiently(fetch, self.path(name))
 
@@ -304,7 +353,7 @@ class StoreFolder(Folder):
 
     def publish(self, draft: BinaryIO, name: str) -> None:
         draft.flush()
-        self._put(name, _mapped(draft))
+        self._put(name, mapped(draft))
 
     def holds(self, draft: BinaryIO, name: str, sha256: str) -> bool:
         def read_back() -> str:
@@ -320,26 +369,34 @@ class StoreFolder(Folder):
         return contextlib.nullcontext()
 
     def map(self, name: str) -> Any:
-        def download() -> pa.Buffer:
-            with tempfile.TemporaryFile() as copy, self._client.open_input_stream(self._prefix + name) as stream:
-                while piece := stream.read(PIECE):
-                    copy.write(piece)
-                copy.flush()
-                return _mapped(copy)
+        with tempfile.TemporaryFile() as copy:
+            self.download(name, copy)
+            return pa.BufferReader(mapped(copy))
 
-        return pa.BufferReader(stores.patiently(download, self.path(name)))
+    def download(self, name: str, file: BinaryIO) -> None:
+        def copy() -> None:
+            file.seek(0)
+            with self._client.open_input_stream(self._prefix + name) as stream:
+                while piece := stream.read(PIECE):
+                    file.write(piece)
+            file.truncate()
+            file.flush()
+
+        stores.patiently(copy, self.path(name))
 
     def fetched(self, name: str) -> Path:
         if name not in self._copies:
             copy = tempfile.TemporaryDirectory()
             names = list(self.sizes(name))
             for file, content in zip(names, self.read_all(f"{name}/{file}" for file in names), strict=True):
+                if Path(file).name != file:
+                    raise DatasetError(f"{self.path(name)} holds {file!r}, which is no name of a file")
                 (Path(copy.name) / file).write_bytes(content)
             self._copies[name] = copy
         return Path(self._copies[name].name)
 
 
-def _mapped(file: BinaryIO) -> pa.Buffer:
+def mapped(file: BinaryIO) -> pa.Buffer:
     """A file's bytes, mapped: they stay when the file is closed and its name is gone."""
     if not file.seek(0, io.SEEK_END):
         return pa.py_buffer(b"")

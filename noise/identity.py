@@ -1,6 +1,6 @@
 """A dataset's identity: everything that decides its numbers, and nothing else.
 
-`identity_hash` is sha256 of its canonical JSON. A grown dataset's identity lists those of its parts, and each shard carries its part's hash.
+`identity_hash` is sha256 of its canonical JSON. What a dataset was made from others by, `lineage` reads.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from noise.shard import EXTRACTIONS, check_version
-from noise.storage import DatasetError, canonical_json, sha256_text
+from noise.sketch import Codec
+from noise.storage import DatasetError, brief, canonical_json, sha256_text
 
 Identity = dict[str, Any]
 CODEC_FIELDS = ("format_version", "vocab_size", "block_length", "extraction", "seed", "epsilon", "draws")
@@ -17,35 +18,6 @@ CODEC_FIELDS = ("format_version", "vocab_size", "block_length", "extraction", "s
 
 def identity_hash(identity: Identity) -> str:
     return sha256_text(canonical_json(identity))
-
-
-def parts(identity: Identity) -> list[Identity]:
-    """The identities that a dataset's shards carry, in shard order: a grown dataset's parents, or its own."""
-    return identity.get("parents") or [identity]
-
-
-def grows_from(identity: Identity, older: Identity) -> bool:
-    """Whether the shards of an older state of the dataset are the first of this one's."""
-    ours, theirs = parts(identity), parts(older)
-    return len(ours) > len(theirs) and ours[: len(theirs)] == theirs
-
-
-Owners = list[tuple[int, str]]
-"""(first shard that is not its own any more, identity hash) of each part of a dataset."""
-
-
-def owners(identity: Identity) -> Owners:
-    """Whose shard is whose. The last part reaches to the end; of a grown dataset each says how many shards it has."""
-    found, stop = [], 0
-    for part in parts(identity)[:-1]:
-        stop += part["shards"]["count"]
-        found.append((stop, identity_hash(part)))
-    return [*found, (2**62, identity_hash(parts(identity)[-1]))]
-
-
-def owner(of: Owners, shard: int) -> str:
-    """The identity hash that this shard carries."""
-    return next(name for stop, name in of if shard < stop)
 
 
 def default_seed(identity: Identity) -> int:
@@ -64,10 +36,37 @@ def check_identity(value: dict[str, Any], path: str) -> Identity:
     if missing:
         raise DatasetError(f"{path}: the identity lacks {', '.join(missing)}")
     if identity["extraction"] not in EXTRACTIONS:
-        raise DatasetError(f"{path}: extraction is {identity['extraction']!r}, expected one of {EXTRACTIONS}")
+        raise DatasetError(f"{path}: extraction is {brief(identity['extraction'])}, expected one of {EXTRACTIONS}")
+    if wrong := _wrong(identity):
+        raise DatasetError(f"{path}: the identity's {wrong}")
     if value.get("identity_hash") != identity_hash(identity):
         raise DatasetError(f"{path}: identity_hash does not belong to the identity beside it; the file was edited")
     return identity
+
+
+def _wrong(identity: Identity) -> str:
+    """The first field that readers index with and that is of another kind; "" where there is none. Its numbers are checked by the codec."""
+    numbers = {"vocab_size": int, "block_length": int, "draws": int, "epsilon": int | float, "seed": str}
+    for name, kind in numbers.items():
+        if not isinstance(identity[name], kind) or isinstance(identity[name], bool):
+            return f"{name} is {brief(identity[name])}"
+    try:
+        Codec(identity["vocab_size"], identity["epsilon"], identity["draws"])
+    except ValueError as error:
+        return str(error)
+    if not 2 <= identity["block_length"] <= 2**24:
+        return f"block_length is {brief(identity['block_length'])}; it must be in [2, 2^24]"
+    if not _are_identities(identity.get("parents", [])):
+        return "parents are no list of identities"
+    tokenizer = identity.get("tokenizer", {"bos": 0, "eos": 0, "sha256": ""})
+    if not isinstance(tokenizer, dict) or [type(tokenizer.get(name)) for name in ("bos", "eos", "sha256")] != [int, int, str]:
+        return f"tokenizer is {brief(tokenizer)}, expected its bos, eos and sha256"
+    generation = identity.get("generation", {"stop": "eos"})
+    return "" if isinstance(generation, dict) and generation.get("stop") in ("eos", "never") else f"generation is {brief(generation)}"
+
+
+def _are_identities(parents: Any) -> bool:
+    return isinstance(parents, list) and all(isinstance(parent, dict) and _are_identities(parent.get("parents", [])) for parent in parents)
 
 
 def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
@@ -87,9 +86,3 @@ def _name(at: int, ours: Any, theirs: Any) -> Any:
     """What people know an item of two lists by: a file's path, else its place."""
     paths = {item.get("path") if isinstance(item, dict) else None for item in (ours, theirs)}
     return (paths.pop() or at) if len(paths) == 1 else at
-
-
-def brief(value: Any) -> str:
-    """A value as a message shows it, at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from noise.folder import Folder, Where
-from noise.identity import brief
 from noise.shard import Rows, ShardMetadata
-from noise.storage import DatasetError, checked_fields, parse_json
+from noise.storage import DatasetError, brief, checked_fields, parse_json
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,11 @@ def shard_name(shard: int) -> str:
     return f"{shard:05d}.arrow"
 
 
+def published_name(shard: int) -> str:
+    """Where a published dataset has it: 00012/12345.arrow, at most 1,000 shards in a folder."""
+    return f"{shard // 1000:05d}/{shard_name(shard)}"
+
+
 def receipt_name(shard: int) -> str:
     return f"{shard:05d}.json"
 
@@ -98,7 +102,7 @@ def read_receipt(value: Any, name: str) -> Receipt:
     if not isinstance(value, dict):
         raise DatasetError(f"{name}: a receipt is not a JSON object")
     receipt = Receipt(**checked_fields(Receipt, {"tokens_dropped": 0} | value, name, beside=("quarantined",)), quarantined=_quarantined(value, name))
-    if receipt.file != shard_name(receipt.shard):
+    if receipt.file not in (shard_name(receipt.shard), published_name(receipt.shard)):
         raise DatasetError(f"{name}: receipt of shard {receipt.shard} names the file {receipt.file!r}")
     if not re.fullmatch("[0-9a-f]{64}", receipt.sha256):
         raise DatasetError(f"{name}: sha256 is {brief(receipt.sha256)}, expected 64 hexadecimal digits")

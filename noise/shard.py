@@ -9,7 +9,6 @@ Shapes: B rows, L block length, K kept entries of those rows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from noise.sketch import Codec
-from noise.storage import DatasetError, canonical_json, checked_fields
+from noise.storage import DatasetError, canonical_json, checked_fields, parse_json
+from noise.unpacked import LayoutError, blocks, unpacked_bytes
 
 FORMAT_VERSION = 2
 """What is written."""
@@ -30,6 +30,8 @@ ROWS_PER_BATCH = 64
 EXTRACTIONS = ("parallel", "sequential", "none")
 COMPRESSIONS = ("none", "zstd")
 ZSTD_LEVEL = 3
+LARGEST_BATCH = 2**30
+"""Bytes of memory that a compressed record batch may unpack to; a reader refuses more. (At L = 1,024 and epsilon = 1/8 it takes 3 MB.)"""
 
 Array = npt.NDArray[Any]
 
@@ -69,15 +71,17 @@ class ShardMetadata:
             raise DatasetError(f"{name}: extraction is {metadata.extraction!r}, expected one of {EXTRACTIONS}")
         if metadata.compression not in COMPRESSIONS:
             raise DatasetError(f"{name}: compression is {metadata.compression!r}, expected one of {COMPRESSIONS}")
-        if metadata.step != codec.step or not 0 <= seed < 2**64 or not 2 <= metadata.block_length <= 2**24 or metadata.shard < 0:
-            raise DatasetError(f"{name}: metadata is out of range: step {metadata.step}, seed {seed}, block_length {metadata.block_length}")
+        in_range = 0 <= seed < 2**64 and 2 <= metadata.block_length <= 2**24 and metadata.shard >= 0
+        if not in_range or metadata.step != codec.step or str(seed) != metadata.seed:
+            said = f"step {metadata.step}, seed {metadata.seed[:40]}, block_length {metadata.block_length}"
+            raise DatasetError(f"{name}: metadata is out of range: {said}")
         return metadata
 
 
 def check_version(version: object, name: str) -> None:
     """Raises DatasetError naming `name` when this code cannot read that format version."""
     if version not in FORMAT_VERSIONS:
-        raise DatasetError(f"{name} has format version {version}; this code reads versions {' and '.join(map(str, FORMAT_VERSIONS))}")
+        raise DatasetError(f"{name} has format version {str(version)[:40]}; this code reads versions {' and '.join(map(str, FORMAT_VERSIONS))}")
 
 
 @dataclass(frozen=True)
@@ -236,11 +240,15 @@ class ShardReader:
         """`source`: a pyarrow file that is open already, where `path` is only its name."""
         self.path = path
         try:
-            self._file = pa.ipc.open_file(pa.memory_map(str(path)) if source is None else source)
+            source = pa.memory_map(str(path)) if source is None else source
+            source.seek(0)
+            self._content = source.read_buffer()
+            self._blocks = blocks(self._content)
+            self._file = pa.ipc.open_file(pa.BufferReader(self._content))
             encoded = (self._file.schema.metadata or {}).get(b"gumbel")
             if encoded is None:
                 raise DatasetError(f"{path} is an Arrow file without the metadata key 'gumbel': not a noise shard")
-            self.metadata = ShardMetadata.from_json(_json_object(encoded, path), str(path))
+            self.metadata = ShardMetadata.from_json(parse_json(encoded, f"{path}: the metadata key 'gumbel'"), str(path))
             expected = schema(self.metadata)
             if not self._file.schema.equals(expected):
                 version = self.metadata.format_version
@@ -248,15 +256,18 @@ class ShardReader:
             self.batches = self._file.num_record_batches
         except FileNotFoundError:
             raise DatasetError(f"{path} does not exist") from None
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError, LayoutError) as error:
             raise DatasetError(f"{path} is truncated or damaged ({error}); fetch it again or remake it from its plan") from None
 
     def batch(self, number: int) -> Rows:
         """Record batch `number` as arrays, zero-copy unless compressed; structure, counts and ids were checked, so they are safe to index with."""
         try:
+            size = unpacked_bytes(self._content, self._blocks[number])
+            if size > LARGEST_BATCH:
+                raise DatasetError(f"{self.path}: record batch {number} says that it unpacks to {size:,} bytes; a reader allows {LARGEST_BATCH:,}")
             record_batch = self._file.get_batch(number)
             record_batch.validate(full=True)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError, LayoutError) as error:
             raise DatasetError(f"{self.path}: record batch {number} is damaged ({error}); fetch the shard again") from None
         wrong = self._wrong(number, record_batch)
         if wrong:
@@ -301,16 +312,6 @@ class ShardReader:
 
     def __iter__(self) -> Iterator[Rows]:
         return (self.batch(number) for number in range(self.batches))
-
-
-def _json_object(encoded: bytes, path: Path | str) -> dict[str, Any]:
-    try:
-        value = json.loads(encoded)
-    except (ValueError, RecursionError):
-        raise DatasetError(f"{path}: the metadata key 'gumbel' is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise DatasetError(f"{path}: the metadata key 'gumbel' is not a JSON object")
-    return value
 
 
 def _columns(of: pa.Schema) -> str:

@@ -10,14 +10,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
+import math
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
+
+LARGEST_FILE = 2**28
+"""Bytes of any file of a dataset that is read as a whole: its JSON, its card. 100,000 shards need 40 MB of manifest."""
+MOST_VALUES = 2**23
+"""In one file of JSON, each of at most some hundred bytes of memory."""
+DEEPEST = 64
+"""Objects and lists within each other; a dataset made from another one is two deeper than that."""
 
 
 class DatasetError(ValueError):
@@ -140,36 +150,78 @@ def readable_json(value: Any) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises DatasetError that names the file when it is missing, damaged, or no object."""
     try:
-        content = path.read_bytes()
+        content = read_small(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(f"{path} does not exist") from None
     return parse_json(content, str(path))
 
 
+def read_small(path: Path) -> bytes:
+    """All bytes of a regular file. Raises DatasetError for one too large to be held, or for what is no file (a pipe would never end)."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DatasetError(f"{path} is not a file")
+    if status.st_size > LARGEST_FILE:
+        raise DatasetError(f"{path} has {status.st_size:,} bytes; no file of a dataset but its shards is larger than {LARGEST_FILE:,}")
+    return path.read_bytes()
+
+
 def parse_json(content: bytes, name: str) -> dict[str, Any]:
-    """The JSON object that a file holds. Raises DatasetError that names it when it is damaged, or no object."""
+    """The JSON object that a file holds. Raises DatasetError that names it when it is damaged, too large, or no object."""
+    if len(content) > LARGEST_FILE or sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise DatasetError(f"{name} has {len(content):,} bytes or more than {MOST_VALUES:,} values: too much to be a file of a dataset")
     try:
-        value = json.loads(content, parse_constant=_no_constant)
+        value = json.loads(content, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{name} is not valid JSON ({error}); the file is damaged") from None
     if not isinstance(value, dict):
         raise DatasetError(f"{name} holds {type(value).__name__}, not a JSON object")
+    if _is_deep(value):
+        raise DatasetError(f"{name} is nested more than {DEEPEST} deep, which no file of a dataset is")
     return value
+
+
+def _is_deep(value: dict[str, Any]) -> bool:
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        if not level:
+            return False
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, dict | list)]
+    return bool(level)
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{brief(text)} is no finite number")
+    return value
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it, at most 80 characters."""
+    text = repr(value[:100] if isinstance(value, str) else value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def checked_fields(kind: Any, value: dict[str, Any], name: str, beside: tuple[str, ...] = ()) -> dict[str, Any]:
     """The values of a dataclass's int, float and str fields (all but `beside`) out of a JSON object; what else it holds is left out.
 
-    Raises DatasetError that names `name` and the first field that is missing or of another type.
+    Raises DatasetError that names `name` and the first field that is missing or of another type; an int has at most 63 bits.
     """
+    checked: dict[str, Any] = {}
+    for field, expected, allowed in _wanted(kind, beside):
+        found = checked[field] = value.get(field)
+        if type(found) not in allowed or (type(found) is int and not -(2**63) < found < 2**63):
+            raise DatasetError(f"{name}: field {field} is {brief(found)}, expected {expected}")
+    return checked
+
+
+@functools.cache
+def _wanted(kind: Any, beside: tuple[str, ...]) -> list[tuple[str, str, tuple[type, ...]]]:
+    """(name, type as a word, what JSON may hold) of a dataclass's fields."""
     allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
-    wanted = [field for field in fields(kind) if field.name not in beside]
-    for field in wanted:
-        found = value.get(field.name)
-        if not isinstance(found, allowed[str(field.type)]) or isinstance(found, bool):
-            raise DatasetError(f"{name}: field {field.name} is {found!r}, expected {field.type}")
-    return {field.name: value[field.name] for field in wanted}
+    return [(field.name, str(field.type), allowed[str(field.type)]) for field in fields(kind) if field.name not in beside]

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
+from noise.secrets import redacted, refuse_secrets
 from noise.storage import DatasetError
 
 T = TypeVar("T")
@@ -66,13 +67,14 @@ def client(address: str) -> tuple[Any, str]:
     from pyarrow import fs
 
     scheme, bucket, options = URI.fullmatch(address).groups()  # type: ignore[union-attr]
-    if ":" in bucket or "@" in bucket:
-        raise DatasetError(f"a {scheme}:// address with a password is refused, since recipes are saved; put credentials in the environment")
+    refuse_secrets(f"a {scheme}:// address", address)
+    if ":" in bucket:
+        raise DatasetError(f"{scheme}://{bucket}: a bucket's name has no colon; credentials come from the environment")
     if scheme != "s3":
         try:
             store, path = fs.FileSystem.from_uri(address)
         except (ValueError, ImportError) as error:
-            raise DatasetError(f"{address}: {error}") from None
+            raise DatasetError(redacted(f"{address}: {error}")) from None
         return store, f"{path.rstrip('/')}/"
     values: dict[str, Any] = {}
     for name, value in parse_qsl(options.removeprefix("?"), keep_blank_values=True):
@@ -114,7 +116,7 @@ def pause(attempt: int) -> None:
 
 def in_words(error: OSError, name: str, attempts: int = 1) -> str:
     """What went wrong and the way out."""
-    reason = str(error).strip()
+    reason = redacted(str(error).strip())
     if NO_BUCKET.search(reason):
         return f"there is no such bucket; create it, or name another ({reason})"
     if REFUSED.search(reason):

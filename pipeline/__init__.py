@@ -27,8 +27,13 @@ The data flow of this room, one file each:
     cluster     Ray, started here or joined, and room for how many workers
     progress    one live line on a terminal, plain lines in a log
     status      how far a dataset is, from its receipts, while it is made elsewhere
-    verify      a finished dataset, checked file by file
+    verify      a finished dataset, checked file by file, many shards at a time
+    soundness   one shard, row by row: ranges, order, and what the noise stream explains
+    deep        the teacher run again on random rows, and the bound at every entry
+    trust       one verdict: what is proven, what was measured, what is only claimed
     inspect     what a dataset is, in words or JSON
+    glimpse     a look into a few of its shards: rows with their text, kept entries by position
+    uses        which students and objectives it feeds, which not, and why
     card        README.md of a dataset
 
     python -m pipeline tokenizer|plan|extract|generate|verify|replay|inspect|status --config recipes/demo.yaml

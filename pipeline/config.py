@@ -11,9 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from noise.secrets import refuse_secrets
+from noise.storage import DatasetError
+
 
 class WorkError(RuntimeError):
     """Work that was begun and failed. The message is for people; what is committed stays."""
+
+
+class DamageError(DatasetError):
+    """What is wrong with a dataset, one line a file."""
+
+    def __init__(self, lines: list[str]):
+        more = f"; and {len(lines) - 1} more files are damaged" if len(lines) > 1 else ""
+        super().__init__(lines[0] + more)
+        self.lines = lines
 
 
 AUTO: Literal["auto"] = "auto"
@@ -55,6 +67,8 @@ class Corpus:
             raise ValueError(f"corpus.held_out is {self.held_out}; it is a share of the documents, in [0, 1)")
         if self.split == "held_out" and self.held_out == 0:
             raise ValueError("corpus.split is held_out but corpus.held_out is 0: there is nothing to read")
+        for pattern in [self.files] if isinstance(self.files, str) else self.files or []:
+            refuse_secrets("corpus.files", pattern)
         if self.files is not None and self.dataset is not None:
             raise ValueError(f"corpus.files and corpus.dataset ({self.dataset!r}) are both set; take one")
         if self.dataset is None and (self.dataset_config, self.dataset_revision) != (None, None):
@@ -136,6 +150,7 @@ class Teacher:
     """The logits are divided by it."""
 
     def __post_init__(self) -> None:
+        refuse_secrets("teacher.model", self.model or "")
         _one_of("teacher.dtype", self.dtype, DTYPES)
         if self.micro_batch != AUTO:
             _at_least("teacher.micro_batch", self.micro_batch, 1)
@@ -234,6 +249,18 @@ class Ray:
 
 
 @dataclass
+class Card:
+    """What people should be told, and only its makers know. Nothing here changes a byte of the shards."""
+
+    title: str = ""
+    """Name of the dataset, for its card."""
+    corpus_license: str = ""
+    """Licence of the text, as the hub spells it (cc-by-4.0, mit, other); empty: the card says that it is not stated."""
+    teacher_license: str = ""
+    """Licence of the teacher, and with it of what it wrote."""
+
+
+@dataclass
 class Work:
     """What every dataset needs, however its text came about."""
 
@@ -243,6 +270,11 @@ class Work:
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     teacher: Teacher = field(default_factory=Teacher)
     ray: Ray = field(default_factory=Ray)
+    card: Card = field(default_factory=Card)
+
+    def __post_init__(self) -> None:
+        if self.output.startswith("hf://"):
+            raise ValueError(f"output is {self.output}: a dataset is not made on the hub; make it in a folder or on a store, then `push` it there")
 
     def teacher_brings_tokenizer(self) -> bool:
         """Whether teacher.model is a hub id, or a folder with a tokenizer in it."""
@@ -269,6 +301,7 @@ class GenerateRecipe(Work):
     generate: Generate = field(default_factory=Generate)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.teacher.compile:
             raise ValueError("teacher.compile is true, but the teacher writes token by token, which is not compiled; set it to false")
         if self.generate.prompts == "bos" and self.generate.rows is None:

@@ -48,6 +48,17 @@ class Writer(Protocol):
         """(logits [B, V] of the token after these, KV cache to give back with the tokens that come next)"""
 
 
+class Rule(Protocol):
+    """How a token is chosen, whoever writes: `Choice` for datasets, eval's for samples."""
+
+    @property
+    def stop(self) -> int | None:
+        """The id that ends a row, itself included; None = rows fill the block."""
+
+    def scores(self, logits_NV: Tensor, rows_N5: Tensor) -> tuple[Tensor, Tensor]:
+        """(what the token is the argmax of, log p), both [N, V]."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """How the teacher chooses a token: the distribution that is sampled, and what ends a row."""
@@ -94,10 +105,11 @@ def ids_hash(ids: list[int]) -> str:
 
 @torch.inference_mode()
 def write(
-    teacher: Writer, choice: Choice, seed: int, sequence_id_B: Tensor, given_BP: Tensor, given_B: Tensor, block_length: int
+    teacher: Writer, choice: Rule, seed: int, sequence_id_B: Tensor, given_BP: Tensor, given_B: Tensor, block_length: int, draw: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(input_ids int64 [B, L], length int64 [B], log_prob float32 [B, L]) of rows that begin with the first given_B tokens of given_BP, int64.
 
+    `draw`: the stream's, 0 for a dataset, one of sampling's for samples.
     Raises TeacherError, its position flat in B L, where the log-prob of the chosen token is not finite.
     """
     device, L = teacher.device, block_length
@@ -113,7 +125,7 @@ def write(
         if position > first:
             logits_BV, cache = teacher.follow(ids_BL[:, position - 1 : position], cache)
         writes_B = (given_B <= position) & ~ended_B
-        scores_BV, log_probs_BV = choice.scores(logits_BV, philox.rows(seed, sequence_id_B, torch.full_like(given_B, position)))
+        scores_BV, log_probs_BV = choice.scores(logits_BV, philox.rows(seed, sequence_id_B, torch.full_like(given_B, position), draw))
         token_B = scores_BV.argmax(-1)
         log_prob_B = log_probs_BV.gather(-1, token_B[:, None])[:, 0].float().clamp_max(CERTAIN)
         ids_BL[:, position] = torch.where(writes_B, token_B, ids_BL[:, position])

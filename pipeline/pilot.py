@@ -76,18 +76,23 @@ class Report:
 
     def fit(self) -> str:
         """What the difference says."""
-        if abs(self.difference) <= 2 * self.standard_error:
-            return "within its error: to these rows the corpus looks like the teacher's own samples, as the method assumes"
-        size = f"{abs(self.difference):.3f} nats a token"
-        if self.difference > 0:
-            return (
-                f"the corpus surprises the teacher by {size} more than its own samples would, and the noise of its tokens is higher by as much "
-                "than what a student draws when it samples; a teacher of such text, or text that it writes itself (generate), fits better"
-            )
+        return fit_in_words(self.difference, self.standard_error)
+
+
+def fit_in_words(difference: float, standard_error: float) -> str:
+    """What -log p(x) - H(p) says of teacher and corpus, nats a token."""
+    if abs(difference) <= 2 * standard_error:
+        return "within its error: to these rows the corpus looks like the teacher's own samples, as the method assumes"
+    size = f"{abs(difference):.3f} nats a token"
+    if difference > 0:
         return (
-            f"the corpus is {size} easier for the teacher than its own samples (text it knows by heart, or sampled at a lower temperature), "
-            "and the noise of its tokens is lower by as much than what a student draws; other text, or another teacher.temperature, fits better"
+            f"the corpus surprises the teacher by {size} more than its own samples would, and the noise of its tokens is higher by as much "
+            "than what a student draws when it samples; a teacher of such text, or text that it writes itself (generate), fits better"
         )
+    return (
+        f"the corpus is {size} easier for the teacher than its own samples (text it knows by heart, or sampled at a lower temperature), "
+        "and the noise of its tokens is lower by as much than what a student draws; other text, or another teacher.temperature, fits better"
+    )
 
 
 @dataclass

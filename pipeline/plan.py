@@ -12,7 +12,8 @@ from typing import Any
 
 from noise.dataset import Plan
 from noise.folder import Folder, Where
-from noise.identity import Identity, default_seed, differences, parts
+from noise.identity import Identity, default_seed, differences
+from noise.lineage import parts
 from noise.shard import FORMAT_VERSION
 from noise.sketch import Codec
 from noise.storage import DatasetError, canonical_json, sha256_text
@@ -35,7 +36,8 @@ def make_plan(recipe: config.Recipe) -> tuple[Plan, Corpus, Tokenizer]:
     identity["shards"] |= {"count": len(shards), "boundaries_sha256": boundaries_hash(shards)}
     identity["seed"] = str(recipe.noise.seed if recipe.noise.seed is not None else default_seed(identity))
     model = recipe.teacher.model if identity["teacher"] is not None else None
-    return Plan(identity, environment(model, corpus, numerics(recipe.teacher)), [asdict(shard) for shard in shards]), corpus, tokenizer
+    about = environment(model, corpus, numerics(recipe.teacher)) | stated(recipe.card)
+    return Plan(identity, about, [asdict(shard) for shard in shards]), corpus, tokenizer
 
 
 def settings(recipe: config.Recipe, tokenizer: Tokenizer) -> Identity:
@@ -117,6 +119,12 @@ def environment(teacher: str | None, corpus: Corpus, numerics: dict[str, Any]) -
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def stated(card: config.Card) -> dict[str, Any]:
+    """What the recipe says for the dataset's card."""
+    said = {name: value for name, value in asdict(card).items() if value}
+    return {"card": said} if said else {}
 
 
 def write_plan(recipe: config.Work, plan: Plan, tokenizer: Tokenizer) -> Plan:

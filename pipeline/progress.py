@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from noise.folder import Folder, Where
+from noise.secrets import redacted
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_PUTS = 60.0
@@ -25,7 +26,12 @@ SECONDS_OF_NOW = 60.0
 
 def say(line: str) -> None:
     """A plain line for people, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text of anyone's, as a terminal may show it: without secrets, and what is not printable (escapes, changes of direction) spelled."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in redacted(text))
 
 
 def duration(seconds: float) -> str:
@@ -144,7 +150,8 @@ class RunLog:
                 self._folder.put("run.jsonl", bytes(self._whole))
 
     def write(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"event": event, "time": round(time.time(), 3), "host": socket.gethostname(), **fields}, sort_keys=True).encode() + b"\n"
+        about = {"event": event, "time": round(time.time(), 3), "host": socket.gethostname(), **fields}
+        line = redacted(json.dumps(about, sort_keys=True)).encode() + b"\n"
         if self._folder.append("run.jsonl", line):
             return
         if self._whole is None:

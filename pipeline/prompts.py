@@ -17,7 +17,7 @@ from pipeline import config
 from pipeline.corpus import Corpus
 from pipeline.divide import divide
 from pipeline.generate import ids_hash, masked_ids
-from pipeline.plan import describe_teacher, environment, numerics
+from pipeline.plan import describe_teacher, environment, numerics, stated
 from pipeline.tokenizer import Tokenizer, find_tokenizer
 
 
@@ -62,7 +62,8 @@ def make_plan(recipe: config.GenerateRecipe) -> tuple[Plan, Corpus, Tokenizer]:
         },
     }
     identity["seed"] = str(rule.seed if rule.seed is not None else default_seed(identity))
-    return Plan(identity, environment(recipe.teacher.model, corpus, numerics(recipe.teacher)), shards), corpus, tokenizer
+    about = environment(recipe.teacher.model, corpus, numerics(recipe.teacher)) | stated(recipe.card)
+    return Plan(identity, about, shards), corpus, tokenizer
 
 
 def _check_special(name: str, token: int, vocab_size: int) -> None:

@@ -108,7 +108,7 @@ def replay(where: Where, model: str | None = None, dtype: str | None = None, row
     identity = manifest.identity
     if identity["extraction"] != "sequential" or "generation" not in identity:
         raise DatasetError(f"{folder} has extraction {identity['extraction']}: there is no generation to replay; `verify` checks such a dataset")
-    settings = _teacher(plan, model, dtype)
+    settings = teacher_of(plan, model, dtype)
     teacher = Teacher(settings, identity["vocab_size"], "cuda" if torch.cuda.is_available() else "cpu")
     choice = Choice.of(identity, Tokenizer(folder.fetched("tokenizer")), teacher.device)
     report = Report(folder, settings.dtype, tolerance(settings.dtype, identity["teacher"]["dtype"]))
@@ -130,7 +130,7 @@ def tolerance(*dtypes: str) -> float | None:
     return NEAR_TIE if "float32" in dtypes else 0.0
 
 
-def _teacher(plan: Plan, model: str | None, dtype: str | None) -> config.Teacher:
+def teacher_of(plan: Plan, model: str | None, dtype: str | None) -> config.Teacher:
     """The dataset's teacher as it was, but where it lies now and the dtype. Raises DatasetError by field when it is another."""
     identity, numerics = plan.identity["teacher"], plan.environment["numerics"]
     model = model or plan.environment["teacher"]

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from noise.dataset import Manifest
 from noise.folder import Folder, Where
-from noise.identity import differences, grows_from
+from noise.identity import differences
+from noise.lineage import grows_from
 from noise.receipt import Receipt, listed
 from noise.storage import DatasetError
 from pipeline.card import write_card
-from pipeline.config import GenerateRecipe, Recipe, Work, WorkError
+from pipeline.config import DamageError, GenerateRecipe, Recipe, Work, WorkError
 from pipeline.corpus import Corpus
 from pipeline.divide import ShardInput
 from pipeline.extract import Job
+from pipeline.inspect import is_finished
 from pipeline.lease import driving
 from pipeline.making import Making
 from pipeline.plan import make_plan, write_plan
-from pipeline.progress import Progress, RunLog, say
+from pipeline.progress import Progress, RunLog, printable, say
 from pipeline.standing import find_plan
 
 
@@ -62,7 +67,7 @@ def find_job(recipe: Recipe, grow: bool, write: bool = True) -> Job:
         standing, corpus, tokenizer = make_plan(recipe)
         if write:
             standing = write_plan(recipe, standing, tokenizer)
-    if write:
+    if write and not is_finished(folder, standing):  # a finished dataset's manifest has the hash of its recipe
         save_recipe(recipe, folder)
     sources = [ShardInput.from_json(shard) for shard in standing.shards]
     documents, characters = sum(source.documents for source in sources), sum(source.characters for source in sources)
@@ -99,7 +104,8 @@ def generate(recipe: GenerateRecipe, quarantine: bool = False, dry_run: bool = F
     folder = Folder.of(recipe.output)
     if not dry_run:
         standing = write_plan(recipe, standing, tokenizer)
-        save_recipe(recipe, folder)
+        if not is_finished(folder, standing):
+            save_recipe(recipe, folder)
     identity = standing.identity
     masked, stop = identity["generation"]["masked_ids"]["count"], identity["generation"]["stop"]
     say(
@@ -141,8 +147,8 @@ def _complete(stage: str, recipe: Work, job: Job, folder: Folder, log: RunLog, q
             f"{len(failures)} of {len(standing.shards)} shards failed, everything else is committed; first: {failures[first]} "
             "(run again for just these once the cause is gone; --quarantine leaves out rows that cannot be encoded)"
         )
-    manifest = Manifest.write(folder, standing, _per_token)
-    write_card(folder, standing, manifest)
+    save_recipe(recipe, folder)
+    manifest = Manifest.write(folder, standing, _per_token, lambda made: write_card(folder, standing, made))
     log.write("end", totals=manifest.totals, root_hash=manifest.root_hash)
     totals, tokens = manifest.totals, count_tokens(folder, manifest)
     left_out = f", {totals['rows_quarantined']:,} more quarantined ({totals['tokens_quarantined']:,} tokens)" if "rows_quarantined" in totals else ""
@@ -211,16 +217,34 @@ def replay(dataset: str, model: str | None, dtype: str | None, rows: int | None)
         )
 
 
-def verify(dataset: str) -> None:
+def verify(dataset: str, model: str | None, options: dict[str, Any]) -> None:
+    """Raises DamageError that names every damaged file."""
     from pipeline.verify import verify as check
 
-    check(Folder.of(dataset))
+    check(Folder.of(dataset), options["processes"])
+    if options["deep"]:
+        from pipeline.deep import again
+
+        report = again(Folder.of(dataset), options["deep"], model, options["deep_seed"])
+        say(f"verify: {report.in_words()}")
+        if report.failures:
+            raise DamageError([f"{dataset}: the teacher's own noise is another at {report.failures:,} positions, first: {report.first_failure}"])
 
 
-def show(dataset: str, as_json: bool) -> None:
-    from pipeline.inspect import describe, in_words
+def show(dataset: str, model: str | None, options: dict[str, Any]) -> None:
+    """What a dataset is; with `trust`, raises DamageError after the verdict where something is damaged."""
+    from pipeline import inspect, trust
 
-    print(describe(Folder.of(dataset)) if as_json else in_words(Folder.of(dataset)))
+    folder = Folder.of(dataset)
+    if options["plot"]:
+        inspect.plot(folder, Path(options["plot"]))
+    if options["trust"]:
+        verdict = trust.judge(folder, options["processes"], options["deep"], model, options["deep_seed"])
+        print(json.dumps(verdict.to_json(), indent=1, sort_keys=True) if options["json"] else printable(verdict.in_words()))
+        if verdict.damage:
+            raise DamageError(verdict.damage)
+        return
+    print(inspect.describe(folder) if options["json"] else printable(inspect.in_words(folder, options["rows"])))
 
 
 def status(dataset: str) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from noise.dataset import Plan
 from noise.folder import Folder
-from noise.identity import Identity, default_seed, differences, parts
+from noise.identity import Identity, default_seed, differences
+from noise.lineage import parts
 from noise.storage import DatasetError
 from pipeline import config, files
 from pipeline.corpus import EMBEDDED, Corpus, CorpusFile

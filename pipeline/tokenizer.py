@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from noise.folder import Folder
+from noise.seal import TOKENIZER_FILES
 from noise.storage import DatasetError, canonical_json, read_json, sha256_file, sha256_text, write_json
 from pipeline import config
 from pipeline.corpus import Corpus
 
 BOS, EOS = "<|bos|>", "<|eos|>"
-FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
-    "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja",
-)  # fmt: skip
 
 
 class Tokenizer:
@@ -65,6 +62,9 @@ class Tokenizer:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # type: ignore[no-any-return]
 
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
     def ids(self) -> set[int]:
         """Every id that stands for something; between them and above there can be holes."""
         return set(self._tokenizer.get_vocab().values())
@@ -84,13 +84,13 @@ def tokenizer_hash(folder: Path) -> str:
     if path.exists():
         rules = {name: value for name, value in read_json(path).items() if name not in ("padding", "truncation")}
         return sha256_text(canonical_json(rules))
-    return sha256_text(canonical_json({name: sha256_file(folder / name) for name in FILES if (folder / name).exists()}))
+    return sha256_text(canonical_json({name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}))
 
 
 def copy_tokenizer(source: Path, dataset: Folder) -> None:
     """The tokenizer's files, in a dataset's own folder."""
     there = dataset.sizes("tokenizer")
-    for name in FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).exists() and name not in there:
             dataset.put(f"tokenizer/{name}", (source / name).read_bytes())
 

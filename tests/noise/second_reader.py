@@ -119,9 +119,22 @@ def read_dataset(folder: Path) -> list[Shard]:
         shards.append(shard)
     root = hashlib.sha256("".join([identity_hash, *(receipt["sha256"] for receipt in manifest["receipts"])]).encode("ascii")).hexdigest()
     check(root == manifest["root_hash"], "root_hash")
+    check_seal(folder, manifest)
     for name, total in manifest["totals"].items():
         check(math.isclose(total, sum(receipt[name] for receipt in manifest["receipts"])), f"total of {name}")
     return shards
+
+
+def check_seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """The manifest's own hash and those of the small files, where it has them."""
+    seal = json.loads((folder / "seal.json").read_text()) if (folder / "seal.json").exists() else {}
+    for name, digest in seal.get("files", {}).items():
+        check(digest == hashlib.sha256((folder / name).read_bytes()).hexdigest(), f"sha256 of {name}")
+    if "manifest_hash" in manifest:
+        rest = {name: value for name, value in manifest.items() if name != "manifest_hash"}
+        canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        check(manifest["manifest_hash"] == hashlib.sha256(canonical.encode("ascii")).hexdigest(), "manifest_hash")
+        check((folder / "manifest.json").read_text() == json.dumps(manifest, sort_keys=True, indent=1) + "\n", "the manifest's form")
 
 
 def check_counts(shard: Shard, receipt: dict[str, Any]) -> None:
@@ -135,10 +148,35 @@ def check_counts(shard: Shard, receipt: dict[str, Any]) -> None:
 # the sketch
 
 
+def starts_of(shard: Shard) -> np.ndarray:
+    """Where the entries of each position begin, [B, L]."""
+    return np.append(0, shard.columns["kept"].astype(np.int64).cumsum())[:-1].reshape(shard.columns["kept"].shape)
+
+
+def entries_at(shard: Shard, row: int, position: int, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """(vocabulary entries, codes) that a position keeps."""
+    at = slice(start, start + shard.columns["kept"][row, position])
+    return shard.columns["index"][at], shard.columns["code"][at].astype(np.float64)
+
+
+def noise_of_row(shard: Shard, row: int, draw: int) -> np.ndarray:
+    """Decoded noise g of one draw at positions 1 to length - 1 of a row, float64 [N, V]."""
+    m, c, start_L = shard.metadata, shard.columns, starts_of(shard)[row]
+    positions = np.arange(1, int(c["length"][row]))
+    word_NV, word0_N = words(int(m["seed"]), int(c["sequence_id"][row]), positions, draw, m["vocab_size"])
+    a_NV, e0_N = exponential(word_NV), exponential(word0_N)
+    for n, position in enumerate(positions):
+        index, code = entries_at(shard, row, position, start_L[position])
+        a_NV[n, index] += np.exp(-m["step"] * code) * e0_N[n]
+    g_NV = -np.log(a_NV)
+    g_NV[np.arange(len(positions)), c["input_ids"][row, positions]] = -c["log_prob"][row, positions].astype(np.float64) - np.log(e0_N)
+    return g_NV
+
+
 def rebuild(shard: Shard, draw: int, log_probs_BLV: np.ndarray) -> list[np.ndarray]:
     """Decoded noise of one draw, float64 [positions with noise, V] a row, each held against the teacher's log-probs."""
-    starts = np.append(0, shard.columns["kept"].astype(np.int64).cumsum())[:-1].reshape(shard.columns["kept"].shape)
-    return [rebuild_row(shard, row, draw, starts[row], log_probs_BLV[row].astype(np.float64)) for row in range(len(shard.columns["length"]))]
+    start_BL = starts_of(shard)
+    return [rebuild_row(shard, row, draw, start_BL[row], log_probs_BLV[row].astype(np.float64)) for row in range(len(shard.columns["length"]))]
 
 
 def rebuild_row(shard: Shard, row: int, draw: int, start_L: np.ndarray, log_probs_LV: np.ndarray) -> np.ndarray:
@@ -150,17 +188,11 @@ def rebuild_row(shard: Shard, row: int, draw: int, start_L: np.ndarray, log_prob
     )
     positions = np.arange(1, length)
     word_NV, word0_N = words(int(m["seed"]), int(c["sequence_id"][row]), positions, draw, m["vocab_size"])
-    e_NV, e0_N = exponential(word_NV), exponential(word0_N)
-    decoded_NV = np.empty_like(e_NV)
+    e_NV, e0_N, decoded_NV = exponential(word_NV), exponential(word0_N), noise_of_row(shard, row, draw)
     for n, position in enumerate(positions):
         token, log_p_V = int(c["input_ids"][row, position]), log_probs_LV[position]
-        entries = slice(start_L[position], start_L[position] + c["kept"][row, position])
-        index, code = c["index"][entries], c["code"][entries].astype(np.float64)
+        index, _ = entries_at(shard, row, position, start_L[position])
         check((np.diff(index.astype(np.int64)) > 0).all() and token not in index, "entries ascend and leave the token out")
-        a_V = e_NV[n].copy()
-        a_V[index] += np.exp(-m["step"] * code) * e0_N[n]
-        decoded_NV[n] = -np.log(a_V)
-        decoded_NV[n, token] = -float(c["log_prob"][row, position]) - np.log(e0_N[n])
         check(abs(c["log_prob"][row, position] - log_p_V[token]) <= FLOAT32, "the token's log-prob")
         check_bounds(decoded_NV[n], e_NV[n], e0_N[n], log_p_V, token, index, m)
     return decoded_NV

@@ -96,7 +96,7 @@ def test_s3_is_read_like_a_folder_and_planning_fetches_every_file_once(monkeypat
 def test_a_scheme_without_a_client_and_a_password_in_an_address_are_refused() -> None:
     with pytest.raises(DatasetError, match="nothing here reads nowhere://"):
         Corpus.open(config.Corpus(files="nowhere://x/*.txt"))
-    with pytest.raises(DatasetError, match="with a password is refused"):
+    with pytest.raises(DatasetError, match="an address with credentials is refused"):
         Corpus.open(config.Corpus(files="s3://me:secret@bucket/*.txt"))
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from noise.dataset import Manifest, Plan, open_shard
-from noise.identity import identity_hash, parts
+from noise.identity import identity_hash
+from noise.lineage import parts
 from noise.receipt import committed
 from noise.storage import DatasetError
 from pipeline.__main__ import main

@@ -1,0 +1,93 @@
+"""The test vectors of docs/format.md: a tiny dataset in both format versions, its noise, and the stream number by number.
+
+python -m tests.noise.make_vectors FOLDER
+
+Run once; what is in tests/vectors stands for the format and is compared, not made again. Noise is written in float64 from the stream's
+exact float32 v, so that a reader in another language can hold its own against it: float32 readers agree within 1e-5.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from noise.commit import commit_shard
+from noise.dataset import Manifest, Plan
+from noise.sketch import Codec
+from tests.noise import second_reader, version_one
+from tests.noise.teachers import BigramTeacher, identity_of, shard_rows
+
+CODEC = Codec(11, 0.125, 2)
+SEED = 0x0123456789ABCDEF
+ROWS, BLOCK = [4, 3], 5
+
+
+def make(folder: Path) -> None:
+    teacher = BigramTeacher(CODEC.vocab_size)
+    version_one.write_dataset(folder / "version-1", teacher, CODEC, ROWS, BLOCK, SEED)
+    for name, compression in (("version-2", "none"), ("version-2-zstd", "zstd")):
+        identity = identity_of(CODEC, BLOCK) | {"seed": str(SEED), "compression": compression}
+        plan = Plan(identity, {}, [{"rows": count} for count in ROWS])
+        plan.write(folder / name)
+        for shard, count in enumerate(ROWS):
+            commit_shard(folder / name, plan.metadata(shard), shard_rows(teacher, plan.metadata(shard), count), characters_in=count)
+        Manifest.write(folder / name, plan)
+    write(folder / "noise.json", noise(folder / "version-2"))
+    write(folder / "stream.json", stream())
+
+
+def noise(dataset: Path) -> list[dict[str, Any]]:
+    """Every position with noise in every draw: token, words of E_0 and of the entries, g."""
+    found = []
+    for shard in second_reader.read_dataset(dataset):
+        for row in range(len(shard.columns["length"])):
+            positions = np.arange(1, int(shard.columns["length"][row]))
+            sequence = int(shard.columns["sequence_id"][row])
+            for draw in range(shard.metadata["draws"]):
+                word_NV, word0_N = second_reader.words(SEED, sequence, positions, draw, CODEC.vocab_size)
+                for n, g_V in enumerate(second_reader.noise_of_row(shard, row, draw)):
+                    found.append({
+                        "shard": shard.metadata["shard"], "row": row, "sequence_id": str(sequence), "position": int(positions[n]), "draw": draw,
+                        "token": int(shard.columns["input_ids"][row, positions[n]]), "word_e0": int(word0_N[n]), "words": word_NV[n].tolist(),
+                        "g": g_V.tolist(),
+                    })  # fmt: skip
+    return found
+
+
+def stream() -> dict[str, Any]:
+    """One place of the stream, step by step: counter and key, what each round leaves, words, v as bits, E."""
+    sequence_id, position, draw, block = 2**32 + 1, 3, 1, 0
+    counter = [block, position + draw * 2**24, sequence_id % 2**32, sequence_id // 2**32]
+    key = [SEED % 2**32, SEED // 2**32]
+    rounds, c, k = [], list(counter), list(key)
+    for _ in range(10):
+        product0, product1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(product1 >> 32) ^ c[1] ^ k[0], product1 % 2**32, (product0 >> 32) ^ c[3] ^ k[1], product0 % 2**32]
+        rounds.append([f"{word:08x}" for word in c])
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    edges = np.array([0, 1, 255, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 2**7, 2**32 - 1], np.uint32)
+    return {
+        "seed": str(SEED), "sequence_id": str(sequence_id), "position": position, "draw": draw, "block": block,
+        "counter": [f"{word:08x}" for word in counter], "key": [f"{word:08x}" for word in key], "rounds": rounds,
+        "entries": [_number(word) for word in c], "edges": [_number(int(word)) for word in edges],
+    }  # fmt: skip
+
+
+def _number(word: int) -> dict[str, Any]:
+    v = np.minimum((np.float32(np.uint32(word)) + np.float32(0.5)) * np.float32(2.0**-32), np.float32(1 - 2.0**-24))
+    e = float(-np.log1p(-np.float64(v)))
+    return {"word": word, "v_bits": f"{v.view(np.uint32):08x}", "v": float(v), "E": e, "g": float(-np.log(e))}
+
+
+def write(path: Path, value: Any) -> None:
+    rows = value if isinstance(value, list) else None
+    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n" if rows is not None else json.dumps(value, indent=1) + "\n"
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))
