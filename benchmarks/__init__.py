@@ -9,6 +9,9 @@
     encode     python -m benchmarks.encode    what extraction adds to a teacher's forward, and how far from the machine's limit it is
     decode     python -m benchmarks.decode    what noise adds to a student's training step, from the sketch and from a teacher in the loop
     cost       python -m benchmarks.cost      GPU hours, bytes and requests of a dataset before it is made: an estimate, or from measured rates
+    noise_cost python -m benchmarks.noise_cost  parameters and FLOPs that noise adds to a student, by option, at well-known sizes
+    loader     python -m benchmarks.loader    batches a second: ours, memory-mapped numpy, and other libraries' loaders on the same rows
+    loaders    those readers, for loader
     scale      python -m benchmarks.scale     a second worker's help, and what a worker does beside its teacher
     driver     python -m benchmarks.driver    resuming 100,000 shards: seconds and memory until work starts
     machine    this machine's limits, times within rounds, peak memory

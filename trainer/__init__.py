@@ -5,10 +5,21 @@
     chance        times and masks as a function of (train seed, step, sequence, position)
     conditioning  noise at the masked positions: input, readout, drafts
     backbone      the transformer that all students share, with Llama's parameter names
+    attention     who sees whom, and the keys and values that sampling keeps; layout: the [x_t ; x_0] input of block diffusion
+    clip          the interval of mask rates in which block diffusion's loss varies least
+    frozen        a Hugging Face causal LM that a student stands on; heads: what stands on it
     students/     one file a student, one interface
+    dit           the network of the published MDLM and BD3-LM checkpoints, under the same calls
+    initialise    first weights from somebody else's; foreign reads their files, published folds their networks into ours
+    setup         what a run is made of; recipe: which settings decide its numbers, and the refusal of another run
+    average       averaged weights (EMA) of what is trained
+    heldout       the held-out evaluation and its probe
+    guard         stops at losses that are no numbers or explode, and names the sequences
     checkpoint    safetensors + JSON, atomic
-    metrics       JSONL, TensorBoard, the progress line
+    metrics       JSONL, TensorBoard, Weights & Biases, the progress line
     loop          the training loop
+    export        a student for others, with a model card; standalone: the 20 lines of torch in it
 
-Imports noise; never ray, never pipeline. Runs where transformers is absent (saving an `ar` student for Hugging Face needs it).
+Imports noise; never ray, never pipeline. Runs where transformers is absent
+(saving an `ar` student for Hugging Face and the backbone of a `medusa` student need it).
 """

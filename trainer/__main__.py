@@ -3,13 +3,22 @@
     python -m trainer --config recipes/demo_mdlm_gumbel.yaml
     torchrun --standalone --nproc-per-node 2 -m trainer --config recipes/demo_mdlm_gumbel.yaml --optim.steps 500
 
-The same command continues a run that was stopped, and does nothing when it is done.
+The same command continues a run that was stopped, and does nothing when it is done. What is trained is handed on by
+
+    python -m trainer export runs/demo/students/mdlm-gumbel --output exported      (its own --help says more)
+
+and what a run will cost, before it starts, is said by
+
+    python -m trainer estimate --config recipes/paper/owt_mdlm.yaml --vocab_size 50257 --block_length 1024      (likewise)
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
+from noise.secrets import redacted
+from trainer import estimate, export
 from trainer.config import TrainConfig
 from trainer.loop import train
 
@@ -30,23 +39,37 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a refusal or failure with its one line, 2 bad settings, 130 stopped with a checkpoint."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["export"]:
+        return _command(lambda: export.run(arguments[1:]))
+    if arguments[:1] == ["estimate"]:
+        return _command(lambda: estimate.run(arguments[1:], parse))
     try:
         config = parse(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redacted(f"error: {error}"), file=sys.stderr)
         return 2
     try:
         train(config)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redacted(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else f"{config.output}: "
-        print(f"error: {where}{error.strerror or error}; the last checkpoint stands, run the same command once that is settled", file=sys.stderr)
+        reason = redacted(f"{where}{error.strerror or error}")
+        print(f"error: {reason}; the last checkpoint stands, run the same command once that is settled", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _command(run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except (ValueError, OSError) as error:
+        print(redacted(f"error: {error}"), file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

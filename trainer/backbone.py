@@ -1,15 +1,22 @@
 """The transformer that every student shares: pre-norm, rotary positions, SwiGLU, no biases, tied embeddings.
 
 Parameter names and numerics are those of Hugging Face's Llama, so a causal checkpoint loads by name, and an `ar` student
-saves as one. Attention is SDPA: causal for `ar`, over the whole row otherwise.
+saves as one. Attention is causal for `ar`, and otherwise over the whole row or what a mask shows (`attention`).
 Shapes: B rows, L positions, H hidden, D head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trainer.attention import Mask, attend
+
+Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""New keys and values -> all of them: `attention.Cache.join` of one layer"""
 
 NORM_EPS = 1e-5
 ROPE_BASE = 10000.0
@@ -41,11 +48,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, hidden, bias=False)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
 
-    def forward(self, x_BLH: Tensor, cos_LD: Tensor, sin_LD: Tensor, causal: bool, keys: Tensor | None) -> Tensor:
+    def forward(self, x_BLH: Tensor, cos_LD: Tensor, sin_LD: Tensor, causal: bool, mask: Mask | None, join: Join | None = None) -> Tensor:
         q, k, v = (p(x_BLH).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos_LD, sin_LD).to(v.dtype), rotate(k, cos_LD, sin_LD).to(v.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, is_causal=causal)
-        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        if join is not None:
+            k, v = join(k, v)
+        projected: Tensor = self.o_proj(attend(q, k, v, mask, causal).transpose(1, 2).flatten(2))
         return projected
 
 
@@ -70,8 +78,8 @@ class Layer(nn.Module):
         self.mlp = MLP(hidden, width)
         self.dropout = dropout
 
-    def forward(self, x_BLH: Tensor, cos_LD: Tensor, sin_LD: Tensor, causal: bool, keys: Tensor | None) -> Tensor:
-        x_BLH = x_BLH + self._drop(self.self_attn(self.input_layernorm(x_BLH), cos_LD, sin_LD, causal, keys))
+    def forward(self, x_BLH: Tensor, cos_LD: Tensor, sin_LD: Tensor, causal: bool, mask: Mask | None, join: Join | None = None) -> Tensor:
+        x_BLH = x_BLH + self._drop(self.self_attn(self.input_layernorm(x_BLH), cos_LD, sin_LD, causal, mask, join))
         return x_BLH + self._drop(self.mlp(self.post_attention_layernorm(x_BLH)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -100,5 +108,6 @@ class Backbone(nn.Module):
         return rotary(length, self.head_width, self.embed_tokens.weight.device)
 
     def head(self, x: Tensor, vocab_size: int) -> Tensor:
-        """Logits over the first `vocab_size` entries, float32."""
-        return F.linear(self.norm(x), self.embed_tokens.weight[:vocab_size]).float()
+        """Logits over the first `vocab_size` entries, float32, or float64 where the weights are."""
+        logits = F.linear(self.norm(x), self.embed_tokens.weight[:vocab_size])
+        return logits if logits.dtype == torch.float64 else logits.float()

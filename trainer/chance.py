@@ -14,7 +14,7 @@ from torch import Tensor
 from noise import philox
 
 _MASK_DRAW, _TIME_DRAW, _FRESH_DRAW = 192, 193, 194
-_SMALLEST_TIME = 1e-3
+SMALLEST_TIME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,20 @@ class Chance:
         zero = torch.zeros(1, dtype=torch.int64, device=place_B.device)
         offset = self._uniform(zero, zero, _TIME_DRAW)
         t_B = (offset + place_B.to(torch.float32) / self.global_batch) % 1.0
-        return t_B * (1 - _SMALLEST_TIME) + _SMALLEST_TIME
+        return t_B * (1 - SMALLEST_TIME) + SMALLEST_TIME
+
+    def rates(self, place_B: Tensor, blocks: int, low: float, high: float) -> Tensor:
+        """Mask rates of every block, float32 [B, blocks], in [low, high): antithetic over the rows as `times` is, independent between blocks."""
+        block_C = torch.arange(blocks, device=place_B.device)
+        offset_C = self._uniform(torch.zeros_like(block_C), block_C, _TIME_DRAW)
+        u_BC = (offset_C + (place_B.to(torch.float32) / self.global_batch)[:, None]) % 1.0
+        return u_BC * (high - low) + low
 
     def masked(self, sequence_id_B: Tensor, t_B: Tensor, block_length: int) -> Tensor:
-        """bool [B, L]: each position masked with probability t of its row."""
+        """bool [B, L]: each position masked with probability t of its row [B], or of its own [B, L]."""
         position_L = torch.arange(block_length, device=t_B.device)
         u = self._uniform(sequence_id_B.repeat_interleave(block_length), position_L.repeat(len(t_B)), _MASK_DRAW)
-        return u.view(len(t_B), block_length) < t_B[:, None]
+        return u.view(len(t_B), block_length) < (t_B[:, None] if t_B.dim() == 1 else t_B)
 
     def fresh_rows(self, sequence_id_N: Tensor, position_N: Tensor) -> Tensor:
         """Stream rows for noise that knows nothing of the text, new in every step."""

@@ -1,13 +1,15 @@
 """Noise at the masked positions of a student: at its input, between its layers, at its output.
 
-    input    softmax(g [+ log unigram]) through a V x H projection replaces the mask embedding, or is added to it (the paper)
+    input    softmax(g [+ log unigram]) through a V x H projection (its own, the tied embedding, or of low rank) replaces the
+             mask embedding, or is added to it (the paper)
     drafts   after a named layer, softmax(logits + scale g) is re-embedded and added, so that a position sees what its
              neighbours are about to choose; each draft has its own small cross-entropy
     readout  scale g is added to the output logits: argmax then has the teacher's own form, argmax(log p + g)
 
 The scale of drafts and readout is softplus of a linear function of the hidden state: a position whose context is known
 trusts its noise, one whose context is still open does not. Without noise a draft is softmax(logits) alone.
-Noise comes as a tensor, or unmade (`noise.decode`); then it passes by in chunks (`streamed`).
+Noise comes as a tensor, or unmade (`noise.decode`); then it passes by in chunks (`streamed`). Callers give Gumbel noise
+always; g above is what the student sees of it (`given`): itself, or with noise.kind gaussian or uniform its image (`marginal`).
 Shapes: N masked positions, V vocabulary, H hidden.
 """
 
@@ -20,14 +22,15 @@ from torch import Tensor, nn
 from noise.decode import Noise
 from trainer import streamed
 from trainer.config import NoiseConfig
+from trainer.marginal import MAPPED, Mapped, seen
 
 
 def check(noise: NoiseConfig, layers: int) -> None:
     """Raises ValueError for options that would be ignored, or name a layer that is not there."""
-    if noise.kind == "none" and (noise.input != "none" or noise.readout):
+    if noise.kind == "none" and (noise.input != "none" or noise.readout or noise.stream):
         raise ValueError(
-            f"student.noise.kind is none, so student.noise.input ({noise.input}) and readout ({noise.readout}) would be ignored; "
-            "set student.noise.kind, or drop them"
+            f"student.noise.kind is none, so student.noise.input ({noise.input}), readout ({noise.readout}) and stream ({noise.stream}) "
+            "would be ignored; set student.noise.kind, or drop them"
         )
     if noise.kind != "none" and noise.input == "none" and not noise.readout and not noise.drafts:
         raise ValueError(f"student.noise.kind is {noise.kind}, but no input, readout or draft uses it; set student.noise.input to replace")
@@ -36,12 +39,32 @@ def check(noise: NoiseConfig, layers: int) -> None:
             f"student.noise.input is none, so student.noise.projection ({noise.projection}) and prior ({noise.prior}) would be ignored; "
             "set student.noise.input, or drop them"
         )
+    if (noise.rank > 0) != (noise.projection == "low_rank") or noise.rank < 0:
+        raise ValueError(
+            f"student.noise.rank is {noise.rank} and student.noise.projection {noise.projection}; low_rank needs a rank of 1 or more, the others none"
+        )
     if noise.stream and not noise.readout and not noise.drafts:
         raise ValueError("student.noise.stream is set, but no readout or draft reads the noise, and the input streams it always; drop it")
     if noise.draft_restart and not noise.drafts:
         raise ValueError("student.noise.draft_restart is set, but student.noise.drafts names no layer; name one, or drop it")
+    if noise.draft_weight != NoiseConfig.draft_weight and not noise.drafts:
+        raise ValueError(f"student.noise.draft_weight is {noise.draft_weight}, but student.noise.drafts names no layer; name one, or drop it")
+    if not 0 <= noise.draft_weight < float("inf"):
+        raise ValueError(f"student.noise.draft_weight is {noise.draft_weight}; it must be at least 0")
     if len(set(noise.drafts)) < len(noise.drafts) or any(not 1 <= layer <= layers for layer in noise.drafts):
         raise ValueError(f"student.noise.drafts is {noise.drafts}; name each layer once, of 1..{layers}")
+
+
+def given(noise: NoiseConfig, g_NV: Tensor | Noise | None) -> Tensor | Noise | None:
+    """Gumbel noise as a student with these options sees it: a student calls this once, before anything reads the noise.
+
+    Unmade noise is made here where a readout or draft reads it and it is not streamed.
+    """
+    if not isinstance(g_NV, Noise):
+        return None if g_NV is None else seen(g_NV, noise.kind)
+    if noise.kind in MAPPED:
+        g_NV = Mapped.of(g_NV, noise.kind)
+    return g_NV.dense() if (noise.drafts or noise.readout) and not noise.stream else g_NV
 
 
 class NoiseInput(nn.Module):
@@ -52,9 +75,14 @@ class NoiseInput(nn.Module):
     def __init__(self, config: NoiseConfig, vocab_size: int, hidden: int):
         super().__init__()
         self.config = config
-        self.projection = nn.Linear(vocab_size, hidden, bias=False) if config.projection == "own" else None
+        if config.rank >= hidden:
+            raise ValueError(f"student.noise.rank is {config.rank}, but the student is {hidden} wide; take a lower rank, or projection own")
+        self.projection = nn.Linear(vocab_size, config.rank or hidden, bias=False) if config.projection != "tied" else None
+        self.widen = nn.Linear(config.rank, hidden, bias=False) if config.rank else None
         if self.projection is not None:
             nn.init.normal_(self.projection.weight, std=0.02)
+        if self.widen is not None:
+            nn.init.normal_(self.widen.weight, std=config.rank**-0.5)  # their product starts as large as an own projection
         if config.prior == "unigram":
             self.register_buffer("log_unigram_V", torch.zeros(vocab_size))
 
@@ -66,6 +94,8 @@ class NoiseInput(nn.Module):
             seen_NH = streamed.project(g_NV, weight_VH, log_prior_V)
         else:
             seen_NH = (g_NV if log_prior_V is None else g_NV + log_prior_V).softmax(-1) @ weight_VH
+        if self.widen is not None:
+            seen_NH = self.widen(seen_NH)
         return seen_NH if self.config.input == "replace" else seen_NH + mask_H
 
 

@@ -1,242 +1,105 @@
-"""Shards -> batches: whole arrays from memory-mapped record batches, in an order that is a function of (seed, epoch).
+"""Shards -> batches: whole arrays from memory-mapped record batches, in an order that is a function of the seed.
 
-Contract: the sequence of global batches depends on the dataset, the seed and the global batch size alone. The state is
-two integers (epoch, samples consumed in it), so resume is exact, on another number of processes too; a batch may
-straddle two epochs. Each rank takes its contiguous share of every global batch.
-Shapes: B rows, L block length, N = B x L positions, K kept entries.
+Contract: the sequence of global batches depends on the data, their windows, the seed and the global batch size alone. The
+state is two integers (epoch, samples consumed in it), so resume is exact, on another number of processes too; a batch may
+straddle epochs. Each rank takes its contiguous share of every global batch. Batches are made ahead, in a thread.
+
+    order       sample number -> row, for one dataset and for several mixed by weight
+    shards      row -> where it is in a mapped shard; mixture: several datasets read as one
+    cache       shards of datasets at a URI, on this machine
+    gather      addresses -> whole arrays; native: its machine code
+    batch       those arrays, and their noise
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from noise import philox
-from noise.dataset import Manifest
-from noise.decode import Noise
-from noise.shard import ROWS_PER_BATCH, Rows, ShardReader
-from noise.sketch import Codec, Sketch, select
 from noise.storage import DatasetError
+from trainer import gather
+from trainer.batch import Batch
+from trainer.config import DataConfig
+from trainer.mixture import Mixture
+from trainer.order import Place, epoch_order
+from trainer.shards import NoiseDataset
 
-_ORDER_DRAW = 195
-_ROW_TENSORS = ("input_ids_BL", "length_B", "sequence_id_B", "seed_B", "draw_B", "place_B")
+__all__ = ["Batch", "Dataset", "Mixture", "NoiseDataset", "Place", "batches", "epoch_order", "open_data", "unigram"]
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of a dataset on the training device."""
-
-    input_ids_BL: Tensor
-    """int64"""
-    length_B: Tensor
-    """int64; what follows is padding"""
-    sequence_id_B: Tensor
-    """int64 bit patterns"""
-    seed_B: Tensor
-    """int64 bit patterns: the seed of each row's shard"""
-    draw_B: Tensor
-    """int64: which draw of noise to use"""
-    place_B: Tensor
-    """int64: where in the global batch each row stands"""
-    sketch: Sketch
-    """of all N positions"""
-    extraction: str
-    codec: Codec
-    padded: bool
-    """whether any row is shorter than the block"""
-
-    def to(self, device: torch.device) -> Batch:
-        sketch = Sketch(*(tensor.to(device, non_blocking=True) for tensor in self.sketch.tensors()))
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _ROW_TENSORS}, sketch=sketch)
-
-    @property
-    def valid_BL(self) -> Tensor:
-        """bool: the positions that count, 1..length-1; of text that a teacher wrote, those that it wrote: prompts are given, as BOS is."""
-        position_L = torch.arange(self.input_ids_BL.shape[1], device=self.length_B.device)
-        valid_BL = (position_L > 0) & (position_L < self.length_B[:, None])
-        return valid_BL & (self.sketch.log_prob_N.view_as(valid_BL) < 0) if self.extraction == "sequential" else valid_BL
-
-    def tokens(self) -> int:
-        """How many positions count."""
-        return int(self.valid_BL.sum())
-
-    def split(self, rows: int) -> list[Batch]:
-        """Consecutive parts of at most `rows` rows."""
-        count, length = self.input_ids_BL.shape
-        if count <= rows:
-            return [self]
-        parts = []
-        for start in range(0, count, rows):
-            at = slice(start, start + rows)
-            sketch = select(self.sketch, torch.arange(start * length, min(start + rows, count) * length))
-            parts.append(replace(self, **{name: getattr(self, name)[at] for name in _ROW_TENSORS}, sketch=sketch))
-        return parts
-
-    def noise_at(self, where_N: Tensor) -> Tensor:
-        """`lazy_noise_at`, made: g, float32 [N, V]."""
-        return self.lazy_noise_at(where_N).dense()
-
-    def lazy_noise_at(self, where_N: Tensor) -> Noise:
-        """Noise at flat positions b * L + t, int64 [N]: the posterior's, or the prior draw that wrote a sequential dataset's text.
-
-        Raises DatasetError where there is none.
-        """
-        if self.extraction == "none":
-            raise DatasetError("the dataset has tokens but no noise (extraction: none); set student.noise.kind to none or extract with a teacher")
-        row_N, position_N = where_N // self.input_ids_BL.shape[1], where_N % self.input_ids_BL.shape[1]
-        rows_N5 = philox.rows(self.seed_B[row_N], self.sequence_id_B[row_N], position_N, self.draw_B[row_N])
-        if self.extraction == "sequential":
-            return Noise.prior(rows_N5, self.codec.vocab_size)
-        return Noise.posterior(select(self.sketch, where_N), self.input_ids_BL.flatten()[where_N], rows_N5, self.codec)
+Dataset: TypeAlias = NoiseDataset | Mixture
+AHEAD = 4
+"""Batches that are made before they are asked for."""
 
 
-class NoiseDataset:
-    """Random access to the rows of a finished dataset, at most `open_shards` shards mapped at a time."""
-
-    def __init__(self, folder: str | Path, check_hashes: bool = True, open_shards: int = 64):
-        self.folder, self._check_hashes, self._limit = Path(folder), check_hashes, open_shards
-        self.manifest = Manifest.read(self.folder)
-        identity = self.manifest.identity
-        self.extraction: str = identity["extraction"]
-        self.block_length: int = identity["block_length"]
-        self.codec = Codec(identity["vocab_size"], identity["epsilon"], identity["draws"])
-        self._starts = np.cumsum([0] + [receipt.rows for receipt in self.manifest.receipts])
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._checked: set[int] = set()
-        if not len(self):
-            raise DatasetError(f"{self.folder} has no rows")
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def _shard(self, number: int) -> _OpenShard:
-        if number in self._open:
-            self._open.move_to_end(number)
-        else:
-            receipt = self.manifest.receipts[number]
-            reader = self.manifest.open(self.folder, receipt, self._check_hashes and number not in self._checked)
-            self._checked.add(number)
-            self._open[number] = _OpenShard(reader)
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
-        return self._open[number]
-
-    def batch(self, row_B: np.ndarray, draw_B: np.ndarray | int = 0, place_B: np.ndarray | None = None) -> Batch:
-        """The rows int64 [B] of the dataset, in that order."""
-        shard_B = np.searchsorted(self._starts, row_B, side="right") - 1
-        seed_of = {int(number): self._shard(int(number)).seed for number in np.unique(shard_B)}
-        rows = gather([self._shard(int(shard)).row(int(row - self._starts[shard])) for row, shard in zip(row_B, shard_B, strict=True)])
-        if rows.input_ids.max(initial=0) >= self.codec.vocab_size or rows.input_ids.min(initial=0) < 0:
-            raise DatasetError(f"{self.folder}: rows {row_B.min()}..{row_B.max()} hold token ids outside [0, {self.codec.vocab_size})")
-        sketch = Sketch(
-            torch.from_numpy(rows.log_prob.astype(np.float32).reshape(-1)),
-            torch.from_numpy(rows.kept.astype(np.int64).reshape(-1)),
-            torch.from_numpy(rows.index.astype(np.int64)),
-            torch.from_numpy(rows.code.astype(np.int64)),
-        )
-        return Batch(
-            input_ids_BL=torch.from_numpy(rows.input_ids.astype(np.int64)),
-            length_B=torch.from_numpy(rows.length.astype(np.int64)),
-            sequence_id_B=torch.from_numpy(rows.sequence_id.view(np.int64).copy()),
-            seed_B=torch.tensor([seed_of[int(shard)] for shard in shard_B]),
-            draw_B=torch.from_numpy(np.broadcast_to(np.asarray(draw_B, np.int64), len(row_B)).copy()),
-            place_B=torch.from_numpy(place_B if place_B is not None else np.arange(len(row_B))),
-            sketch=sketch,
-            extraction=self.extraction,
-            codec=self.codec,
-            padded=bool((rows.length < self.block_length).any()),
-        )
+def open_data(data: DataConfig) -> Dataset:
+    """The dataset, or the mixture, that a recipe trains on. Raises ValueError where it names both or neither."""
+    if bool(data.path) == bool(data.mix):
+        raise ValueError(f"data.path is {data.path!r} and data.mix has {len(data.mix)} datasets; name a dataset in one of the two")
+    if not data.mix:
+        return _open(data, data.path)
+    return Mixture([_open(data, part.path) for part in data.mix], [part.weight for part in data.mix])
 
 
-class _OpenShard:
-    """A mapped shard whose record batches are looked at once and then kept as views."""
-
-    def __init__(self, reader: ShardReader):
-        self._reader = reader
-        self._batches: dict[int, Rows] = {}
-        seed = int(reader.metadata.seed)
-        self.seed = seed - 2**64 if seed >= 2**63 else seed
-
-    def row(self, number: int) -> tuple[Rows, int]:
-        """The record batch that holds the row, and where in it."""
-        at, within = divmod(number, ROWS_PER_BATCH)
-        if at not in self._batches:
-            self._batches[at] = self._reader.batch(at)
-        return self._batches[at], within
+def _open(data: DataConfig, path: str) -> NoiseDataset:
+    return NoiseDataset(path, data.check_hashes, data.open_shards, data.window, data.cache, data.cache_bytes)
 
 
-def gather(at: list[tuple[Rows, int]]) -> Rows:
-    """Chosen rows of record batches as new arrays, a column at a time: twice as fast as slicing and concatenating Rows."""
-    spans = [(rows.entries, int(rows.offset[i]), int(rows.offset[i + 1])) for rows, i in at]
-    return Rows(
-        np.array([rows.sequence_id[i] for rows, i in at]),
-        np.stack([rows.input_ids[i] for rows, i in at]),
-        np.array([rows.length[i] for rows, i in at]),
-        np.stack([rows.log_prob[i] for rows, i in at]),
-        np.stack([rows.kept[i] for rows, i in at]),
-        tuple(np.concatenate([entries[column][start:stop] for entries, start, stop in spans]) for column in range(len(spans[0][0]))),
-        np.cumsum([0] + [stop - start for _, start, stop in spans]),
-    )
-
-
-def unigram(dataset: NoiseDataset, rows: int = 4096) -> Tensor:
-    """Log unigram of the corpus, float32 [V], add-one smoothed, from rows spread evenly over the dataset."""
-    batch = dataset.batch(np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(np.int64))
+def unigram(dataset: Dataset, rows: int = 4096) -> Tensor:
+    """Log unigram of the corpus, float32 [V], add-one smoothed, from rows spread over the dataset."""
+    batch = dataset.batch(dataset.spread(rows))
     count_V = torch.bincount(batch.input_ids_BL[batch.valid_BL], minlength=dataset.codec.vocab_size).to(torch.float64) + 1.0
     return (count_V / count_V.sum()).log().to(torch.float32)
 
 
-def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of all rows, int64, from the stream: a function of (seed, epoch) on every machine."""
-    place = torch.arange(rows)
-    k0, k1, c1, c2, c3 = philox.rows(seed, place, torch.zeros_like(place), _ORDER_DRAW).unbind(-1)
-    words = philox.philox(torch.full_like(c1, epoch), c1, c2, c3, k0, k1)
-    return np.argsort((words[0] << 31 ^ words[1]).numpy(), kind="stable")
+def batches(
+    dataset: Dataset,
+    seed: int,
+    global_batch: int,
+    place: Place,
+    rank: int = 0,
+    world: int = 1,
+    ahead: int = AHEAD,
+    narrow: bool = False,
+    pin: bool = False,
+) -> Iterator[tuple[Batch, Place]]:
+    """This rank's share of every global batch from `place` on, for ever, each with the place after it.
 
-
-@dataclass
-class Place:
-    """Where in the data a run stands: all the loader's state."""
-
-    epoch: int = 0
-    consumed: int = 0
-
-
-def batches(dataset: NoiseDataset, seed: int, global_batch: int, place: Place, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, Place]]:
-    """This rank's share of every global batch from `place` on, for ever, each with the place after it; one is made ahead."""
+    At most `ahead` are made before they are asked for. For a GPU they are made in the shards' widths (`narrow`) and in pinned memory
+    (`pin`); `Batch.to` widens them there.
+    """
+    needed = dataset.needed_bytes(global_batch * (ahead + 1))
+    if needed > dataset.cache_bytes:
+        raise DatasetError(
+            f"data.cache_bytes is {dataset.cache_bytes:,}; reading {dataset.address} with {ahead} batches ahead needs up to {needed:,}: raise it, "
+            "or lower data.window, data.ahead or optim.global_batch"
+        )
+    gather.warm()
+    order: Any = dataset.order(seed)
     share = global_batch // world
 
-    def one(rows: np.ndarray, epochs: np.ndarray) -> Batch:
-        at = slice(rank * share, (rank + 1) * share)
-        return dataset.batch(rows[at], epochs[at] % dataset.codec.draws, np.arange(global_batch)[at])
+    def make(sample: int) -> Batch:
+        dataset.hold(order, sample, sample + global_batch)
+        first = sample + rank * share
+        row_B, epoch_B = order.at(first, first + share)
+        place_B = np.arange(rank * share, (rank + 1) * share)
+        return dataset.batch(row_B, epoch_B % dataset.codec.draws, place_B, narrow=narrow, pin=pin)
 
-    with ThreadPoolExecutor(1) as ahead:
-        waiting = None
-        for rows, epochs, after in _global_batches(len(dataset), seed, global_batch, place):
-            made = ahead.submit(one, rows, epochs), after
-            if waiting:
-                yield waiting[0].result(), waiting[1]
-            waiting = made
-
-
-def _global_batches(rows: int, seed: int, global_batch: int, place: Place) -> Iterator[tuple[np.ndarray, np.ndarray, Place]]:
-    epoch, consumed = place.epoch, place.consumed
-    order = epoch_order(rows, seed, epoch)
-    while True:
-        taken: list[np.ndarray] = []
-        epochs: list[np.ndarray] = []
-        while (missing := global_batch - sum(len(part) for part in taken)) > 0:
-            if consumed == rows:
-                epoch, consumed = epoch + 1, 0
-                order = epoch_order(rows, seed, epoch)
-            taken.append(order[consumed : consumed + missing])
-            epochs.append(np.full(len(taken[-1]), epoch))
-            consumed += len(taken[-1])
-        yield np.concatenate(taken), np.concatenate(epochs), Place(epoch, consumed)
+    sample = order.sample(place)
+    made: deque[tuple[Future[Batch], int]] = deque()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="batches ahead")
+    try:
+        while True:
+            while len(made) < max(1, ahead):
+                made.append((thread.submit(make, sample), sample + global_batch))
+                sample += global_batch
+            future, after = made.popleft()
+            yield future.result(), order.place(after)
+    finally:
+        thread.shutdown(cancel_futures=True)
+        dataset.release()

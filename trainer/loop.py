@@ -3,77 +3,57 @@
 Contract: the same recipe and dataset give the same sequence of global batches, times and masks on any number of
 processes; on CPU with the same number of processes the weights are bit-equal, however often the run was stopped and
 resumed. The loss is the sum over rows divided by the global count of valid tokens.
+The loop waits for a GPU only where figures are logged, at an evaluation and at a checkpoint, and measures speed there. (A student that counts
+its masked positions waits for that count, once a micro-batch.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import shutil
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from noise.compiled import compiled
-from noise.identity import differences
-from noise.storage import DatasetError, read_json, write_text
-from trainer import checkpoint, distributed
+from noise.seal import copy_tokenizer
+from noise.storage import read_json, write_text
+from trainer import checkpoint, distributed, heldout, setup
+from trainer.average import Average
 from trainer.chance import Chance
 from trainer.config import OptimConfig, TrainConfig
-from trainer.data import Batch, NoiseDataset, Place, batches, unigram
-from trainer.metrics import Metrics
-from trainer.students import Student, build, parameters, save_student, start_from
-
-NOT_IDENTITY = (
-    "output", "data", "device", "threads", "compile", "log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints", "tensorboard",
-)  # fmt: skip
-"""Settings that may change between a run and its resumption, and optim.micro_batch; the data are identified by their root hash."""
+from trainer.data import Batch, Dataset, Place, batches
+from trainer.guard import Guard
+from trainer.metrics import Metrics, Window, check_wandb
+from trainer.recipe import recipe_of, refuse_other, refuse_other_order
+from trainer.students import parameters, save_student
 
 
 def train(config: TrainConfig) -> None:
     """Train one student, or continue where it stopped, or say that it is done. Raises ValueError for people."""
     output = Path(config.output)
-    dataset = NoiseDataset(config.data.path, config.data.check_hashes, config.data.open_shards)
+    check_wandb(config)
+    dataset = setup.open_training(config.data)
     if _is_done(config, output, dataset):
         print(f"{output} is trained already ({config.optim.steps} steps); remove the folder to train it anew")
         return
-    world = distributed.start(config.device, config.threads)
-    try:
+    with distributed.joined(config.device, config.threads) as world:
         _Run(config, output, dataset, world).train()
-    finally:
-        distributed.stop()
 
 
-def recipe_of(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide the numbers of a run."""
-    recipe: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    recipe["optim"].pop("micro_batch")
-    return {name: value for name, value in recipe.items() if name not in NOT_IDENTITY}
-
-
-def _is_done(config: TrainConfig, output: Path, dataset: NoiseDataset) -> bool:
+def _is_done(config: TrainConfig, output: Path, dataset: Dataset) -> bool:
     if not (output / "student.json").exists():
         return False
     about = read_json(output / "student.json")
-    _refuse_other(output, recipe_of(config), about.get("recipe"), dataset.manifest.root_hash, about.get("provenance", {}).get("root_hash"))
+    refuse_other(output, recipe_of(config), about.get("recipe", {}), dataset.manifest.root_hash, about.get("provenance", {}).get("root_hash"))
     return True
-
-
-def _refuse_other(where: Path, recipe: dict[str, Any], theirs: Any, root_hash: str, their_root: Any) -> None:
-    changed = differences(recipe, theirs) + ([] if root_hash == their_root else [f"dataset root_hash: {root_hash} here, {their_root} there"])
-    if changed:
-        raise DatasetError(f"{where} holds another run:\n  " + "\n  ".join(changed) + "\nset another --output, or remove that folder")
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -89,78 +69,55 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
 class _Run:
     """One run's parts, in the order in which they are used."""
 
-    def __init__(self, config: TrainConfig, output: Path, dataset: NoiseDataset, world: distributed.World):
+    def __init__(self, config: TrainConfig, output: Path, dataset: Dataset, world: distributed.World):
         self.config, self.output, self.dataset, self.world = config, output, dataset, world
-        optim = config.optim
-        if optim.global_batch % world.size:
-            raise ValueError(f"optim.global_batch is {optim.global_batch}, not a multiple of the {world.size} processes")
-        self.share = optim.global_batch // world.size
-        self.micro = optim.micro_batch or self.share
-        if self.share % self.micro:
-            raise ValueError(
-                f"optim.global_batch {optim.global_batch} is not processes {world.size} x optim.micro_batch {self.micro} x a whole accumulation"
-            )
+        self.share, self.micro = setup.shares(config.optim, world)
         self.recipe, self.root_hash = recipe_of(config), dataset.manifest.root_hash
-        torch.manual_seed(config.seed)
-        self.student: Student = build(config.student, dataset.codec.vocab_size, dataset.block_length)
-        if dataset.extraction == "none" and config.student.noise.kind == "gumbel":
-            raise ValueError(
-                f"data.path {dataset.folder} has tokens but no noise (extraction: none); set student.noise.kind to none or extract with a teacher"
-            )
-        self.heldout = NoiseDataset(config.data.heldout, config.data.check_hashes) if config.data.heldout else None
-        self._check_heldout()
-        self.started_from = start_from(self.student, Path(config.student.init_from)) if config.student.init_from else []
-        noise_input = getattr(self.student, "input", None)
-        if noise_input is not None and config.student.noise.prior == "unigram":
-            noise_input.log_unigram_V.copy_(unigram(dataset))
+        folder, self.said = self._checkpoint_to_continue()
+        self.student, started_from = setup.new_student(config, dataset, start=folder is None)
+        held = setup.open_heldout(config.data, dataset)
+        self.heldout = heldout.Heldout(held, config.eval_rows, config.seed, world, self.micro) if held is not None else None
+        self.best_by = heldout.figure(self.student, self.heldout) if config.keep_best else ""
         self.student.to(world.device)
-        self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), weight_decay=optim.weight_decay, foreach=True
-        )
-        self.average = AveragedModel(self.student, multi_avg_fn=_average(optim.ema)) if optim.ema else None
-        self.step, self.place = 0, Place()
-        self._resume()
+        self.optimizer = setup.new_optimizer(self.student, config.optim)
+        self.average = Average(self.student, config.optim.ema) if config.optim.ema else None
+        if folder is None:
+            state = checkpoint.State(0, 0, 0, self.recipe, self.root_hash)
+            self.said += [f"{output.name}: {parameters(self.student):,} parameters, {len(dataset):,} rows", *started_from]
+        else:
+            state = self._resume(folder)
+            self.said += [f"{output.name}: resumed at step {state.step}"]
+        self.step, self.place, self.judged = state.step, Place(state.epoch, state.consumed), state.heldout
+        self.guard = Guard(world, config.optim.explode, state.recent)
         if config.compile:
-            for layer in self.student.model.layers:
-                layer.forward = compiled(layer.forward)
+            for part in self.student.compiled_parts:
+                part.forward = compiled(part.forward)  # type: ignore[method-assign]
         self.model: Any = DistributedDataParallel(self.student) if world.size > 1 else self.student
         self.stopping = self.stopped = False  # a signal came; all processes agreed to end early
 
-    def _check_heldout(self) -> None:
-        if self.heldout is None:
-            return
-        ours, theirs = self.dataset.manifest.identity, self.heldout.manifest.identity
-        changed = [
-            line
-            for name in ("vocab_size", "block_length", "extraction", "tokenizer", "teacher")
-            for line in differences(ours.get(name), theirs.get(name), name)
-        ]
-        if changed:
-            raise DatasetError(f"data.heldout {self.heldout.folder} does not fit data.path {self.dataset.folder}: " + "; ".join(changed))
+    def _checkpoint_to_continue(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, which process 0 chooses for all, and what to say of others."""
+        found, said = checkpoint.newest(self.output) if self.world.rank == 0 else (None, [])
+        step = int(self.world.sum([float(checkpoint.step_of(found)) if found else 0.0])[0])
+        return next((path for path in checkpoint.checkpoints(self.output) if checkpoint.step_of(path) == step), None), said
 
-    def _resume(self) -> None:
-        found = checkpoint.checkpoints(self.output)
-        if not found:
-            return
-        state = checkpoint.read_state(found[-1])
-        _refuse_other(found[-1], self.recipe, state.recipe, self.root_hash, state.root_hash)
-        average = checkpoint.restore(found[-1], self.student, self.optimizer)
+    def _resume(self, folder: Path) -> checkpoint.State:
+        state = checkpoint.read_state(folder)
+        refuse_other(folder, self.recipe, state.recipe, self.root_hash, state.root_hash)
+        refuse_other_order(folder, self.dataset.order_name, state.order)
+        average = checkpoint.restore(folder, self.student, self.optimizer)
         if self.average is not None and average is not None:
-            self.average.module.load_state_dict(average)
-            self.average.n_averaged.fill_(state.step)
-        self.step, self.place = state.step, Place(state.epoch, state.consumed)
+            self.average.load(average, state.step)
+        return state
 
     def train(self) -> None:
-        config, optim = self.config, self.config.optim
+        config = self.config
         if self.world.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
             write_text(self.output / "recipe.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
-        self.metrics = Metrics(self.output, self.step, optim.steps, config.tensorboard, self.world.rank == 0)
-        if not self.step:
-            for line in [f"{self.output.name}: {parameters(self.student):,} parameters, {len(self.dataset):,} rows", *self.started_from]:
-                self.metrics.say(line)
-        else:
-            self.metrics.say(f"{self.output.name}: resumed at step {self.step}")
+        self.metrics = Metrics(self.output, self.step, config, self.world.rank == 0)
+        for line in self.said:
+            self.metrics.say(line)
         with self._signals(), contextlib.closing(self.metrics):
             self._steps()
             if not self.stopped:
@@ -169,69 +126,59 @@ class _Run:
             raise KeyboardInterrupt
 
     def _steps(self) -> None:
-        config, optim = self.config, self.config.optim
-        source = batches(self.dataset, config.seed, optim.global_batch, self.place, self.world.rank, self.world.size)
-        seen: dict[str, float] = {}
-        since, waited, tokens = time.monotonic(), 0.0, 0
-        while self.step < optim.steps:
-            before = time.monotonic()
-            batch, place = next(source)
-            waited += time.monotonic() - before
-            count = self.world.sum([batch.tokens()])[0]
-            norm = self._one_step(batch, count, seen)
-            self.step, self.place, tokens = self.step + 1, place, tokens + int(count)
-            if self.step % config.log_every == 0 or self.step == optim.steps:
-                sums = dict(zip(seen, self.world.sum(list(seen.values())), strict=True))
-                now = time.monotonic()
-                figures = {name: value / tokens for name, value in sums.items()}
-                figures |= {
-                    "lr": learning_rate(optim, self.step),
-                    "grad_norm": norm,
-                    "tokens/s": tokens / (now - since),
-                    "waiting": waited / (now - since),
-                }
-                self.metrics.log(self.step, "train", figures)
-                self.metrics.show(self.step, {name: figures[name] for name in (*sums, "tokens/s")})
-                seen, since, waited, tokens = {}, now, 0.0, 0
-            if config.eval_every and self.step % config.eval_every == 0 and self.step < optim.steps:
-                self._evaluate()
+        config, steps = self.config, self.config.optim.steps
+        world, pin = self.world, self.world.device.type == "cuda"
+        source = batches(self.dataset, config.seed, config.optim.global_batch, self.place, world.rank, world.size, config.data.ahead, pin, pin)
+        window = Window(self.student.figure_names, self.world)
+        while self.step < steps:
+            with window.waiting():
+                batch, place = next(source)
+            tokens = self.world.sum([batch.tokens()])[0]
+            norm = self._one_step(batch, tokens, window)
+            self.step, self.place, self.judged = self.step + 1, place, {}
+            last = self.step == steps
+            evaluate = last or _due(self.step, config.eval_every)
             stop = self.world.any(self.stopping)
-            if stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0) or self.step == optim.steps:
-                self._checkpoint()
-            if stop and self.step < optim.steps:
+            save = stop or last or _due(self.step, config.checkpoint_every)
+            if evaluate or save or self.guard.full or _due(self.step, config.log_every):
+                self.guard.look()
+            if last or _due(self.step, config.log_every):
+                self._log(window.figures() | {"lr": learning_rate(config.optim, self.step), "grad_norm": float(norm)})
+            with window.apart():
+                if evaluate:
+                    self.judged = self._evaluate()
+                if save or self._is_best():
+                    self._checkpoint()
+            if stop and not last:
                 self.stopped = True
                 self.metrics.say(f"{self.output.name}: stopped at step {self.step}; the same command continues here")
                 return
 
-    def _one_step(self, batch: Batch, count: float, seen: dict[str, float]) -> float:
+    def _one_step(self, batch: Batch, tokens: float, window: Window) -> Tensor:
+        """Forward, backward and update of one global batch; returns the gradient's norm, on the device."""
         config, optim = self.config, self.config.optim
         chance = Chance(config.seed, self.step + 1, optim.global_batch)
         torch.manual_seed((config.seed * 1_000_003 + self.step * self.world.size + self.world.rank) % 2**63)  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(optim, self.step + 1)
-        pieces = batch.split(self.micro)
+        pieces, losses = batch.split(self.micro), []
         for number, piece in enumerate(pieces, start=1):
             wait = number < len(pieces) and self.world.size > 1
             with self.model.no_sync() if wait else contextlib.nullcontext(), self._autocast():
-                figures = self._backward(piece.to(self.world.device), chance, self.world.size / count)
-            for name, value in figures.items():
-                seen[name] = seen.get(name, 0.0) + float(value)
+                loss, figures = self._backward(piece.to(self.world.device), chance, self.world.size / tokens)
+            losses.append(loss)
+            window.add(figures)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.clip or math.inf)
-        if not math.isfinite(float(norm)):
-            ids = ", ".join(str(int(number) % 2**64) for number in batch.sequence_id_B[:8])
-            raise ValueError(
-                f"the gradient of step {self.step + 1} is not finite; the batch has sequence ids {ids}, ...; lower optim.lr or look at these rows. "
-                "The last checkpoint stands."
-            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
-            self.average.update_parameters(self.student)
-        return float(norm)
+            self.average.update()
+        self.guard.watch(self.step + 1, tokens, torch.stack(losses), norm, batch.sequence_id_B)
+        window.tokens += int(tokens)
+        return norm
 
-    def _backward(self, piece: Batch, chance: Chance, scale: float) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; returns its figures."""
-        figures: dict[str, Tensor]
+    def _backward(self, piece: Batch, chance: Chance, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of one micro-batch; returns its loss and figures, without gradient."""
         try:
             loss, figures = self.model(piece, chance)
             (loss * scale).backward()
@@ -241,7 +188,7 @@ class _Run:
                 f"--optim.micro_batch {smaller} keeps the global batch of {self.config.optim.global_batch}" if smaller else "use a smaller student"
             )
             raise ValueError(f"out of memory with micro-batches of {self.micro} rows; {way_out}") from None
-        return figures
+        return loss.detach(), figures
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         kind = self.world.device.type
@@ -249,58 +196,51 @@ class _Run:
         on = wanted == "bfloat16" or (wanted == "auto" and kind == "cuda")
         return torch.autocast(kind, torch.bfloat16) if on else contextlib.nullcontext()
 
-    @torch.no_grad()
+    def _log(self, figures: dict[str, float]) -> None:
+        self.metrics.log(self.step, "train", figures)
+        self.metrics.show(self.step, figures, [*self.student.figure_names, "tokens/s"])
+
     def _evaluate(self) -> dict[str, float]:
-        """Held-out loss of the averaged weights, with each row's own noise and, as a probe, with another row's."""
+        """Held-out figures of the averaged weights; none without a held-out dataset."""
         if self.heldout is None:
             return {}
-        student: Any = self.average.module if self.average is not None else self.student
-        student.eval()
-        rows = min(self.config.eval_rows, len(self.heldout))
-        chance = Chance(self.config.seed, 0, rows)
-        sums: dict[str, float] = {"tokens": 0.0}
-        probes = (False, True) if self.config.student.noise.kind == "gumbel" and rows > 1 else (False,)
-        for start in range(self.world.rank * self.micro, rows, self.world.size * self.micro):
-            at = np.arange(start, min(start + self.micro, rows))
-            batch = self.heldout.batch(at, 0, at).to(self.world.device)
-            sums["tokens"] += batch.tokens()
-            for other in probes:
-                neighbour = self.heldout.batch((at + 1) % rows).to(self.world.device) if other else None
-                with self._autocast():
-                    _, figures = student(batch, chance, neighbour)
-                for name, value in figures.items():
-                    key = name + ("_other_noise" if other else "")
-                    sums[key] = sums.get(key, 0.0) + float(value)
-        student.train()
-        names = sorted(self._figure_names(probes))
-        values = self.world.sum([sums["tokens"]] + [sums.get(name, 0.0) for name in names])
-        figures = {name: value / values[0] for name, value in zip(names, values[1:], strict=True)}
+        self.student.eval()
+        with self.average.in_place() if self.average is not None else contextlib.nullcontext():
+            figures = self.heldout.figures(self.student, self._autocast)
+        self.student.train()
+        self.student.after_heldout(figures)
         self.metrics.log(self.step, "heldout", figures)
-        note = "  (posterior noise knows the text: no likelihood bound)" if len(probes) > 1 else ""
-        self.metrics.say(f"{self.output.name}: held-out " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()) + note)
+        listed = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.metrics.say(f"{self.output.name}: held-out {listed}{heldout.reminder(self.student)}")
         return figures
 
-    def _figure_names(self, probes: tuple[bool, ...]) -> list[str]:
-        names = ["nll"] if self.config.student.kind == "ar" else ["nelbo", *(f"draft_{layer}" for layer in self.config.student.noise.drafts)]
-        return [name + ("_other_noise" if other else "") for name in names for other in probes]
+    def _is_best(self) -> bool:
+        """Whether this step's evaluation is below those of all checkpoints. Every process asks, so that all save or none."""
+        if self.best_by not in self.judged:
+            return False
+        best = checkpoint.best(self.output, self.best_by) if self.world.rank == 0 else None
+        better = self.world.rank == 0 and (best is None or self.judged[self.best_by] < checkpoint.read_state(best).heldout[self.best_by])
+        return self.world.any(better)
 
     def _checkpoint(self) -> None:
         if self.world.rank == 0:
-            state = checkpoint.State(self.step, self.place.epoch, self.place.consumed, self.recipe, self.root_hash)
-            average = self.average.module.state_dict() if self.average is not None else None
-            checkpoint.save(self.output, state, self.student, average, self.optimizer, self.config.keep_checkpoints)
+            place = self.place
+            state = checkpoint.State(
+                self.step, place.epoch, place.consumed, self.recipe, self.root_hash, self.guard.recent, self.judged, order=self.dataset.order_name
+            )
+            average = self.average.state() if self.average is not None else None
+            checkpoint.save(self.output, state, self.student, average, self.optimizer, self.config.keep_checkpoints, self.best_by)
         self.world.sum([0.0])  # nobody goes on before the checkpoint stands
 
     def _finish(self) -> None:
-        heldout = self._evaluate()
         if self.world.rank:
             return
-        weights = (self.average.module if self.average is not None else self.student).state_dict()
-        tokenizer = self.dataset.folder / "tokenizer"
-        if tokenizer.exists() and self.config.student.kind == "ar":
-            shutil.copytree(tokenizer, self.output, dirs_exist_ok=True)
+        weights = self.student.own_state() | (self.average.state() if self.average is not None else {})
+        tokenizer = self.dataset.tokenizer
+        if tokenizer is not None:  # Hugging Face looks for it beside the weights
+            copy_tokenizer(tokenizer, self.output if self.config.student.kind == "ar" else self.output / "tokenizer")
         identity = self.dataset.manifest.identity
-        provenance = {"dataset": str(self.dataset.folder), "identity": identity, "root_hash": self.root_hash, "heldout": heldout}
+        provenance = {"dataset": self.dataset.address, "identity": identity, "root_hash": self.root_hash, "heldout": self.judged}
         save_student(self.output, self.student, weights, self.recipe, provenance)
         self.metrics.say(f"{self.output.name}: saved in {self.output}")
 
@@ -319,10 +259,5 @@ class _Run:
                 signal.signal(number, old)
 
 
-def _average(decay: float) -> Any:
-    @torch.no_grad()
-    def update(averages: list[Tensor], currents: list[Tensor], count: Tensor | int) -> None:
-        n = int(count)
-        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -3,28 +3,33 @@
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.trainer import processes
 from tests.trainer.chain import write_chain
+from tests.trainer.processes import DieAtFileOperation, RunOutOfMemory, Terminated
 from trainer import checkpoint
 from trainer.__main__ import main
 from trainer.config import OptimConfig
+from trainer.heldout import Heldout
 from trainer.loop import learning_rate
 from trainer.students import load_student, load_tensors
+from trainer.students.mdlm import MDLM
 
 SMALL = {
     "student.layers": 2, "student.hidden": 16, "student.heads": 2, "student.dropout": 0.1, "optim.global_batch": 8, "optim.steps": 12,
     "optim.warmup": 2, "optim.ema": 0.9, "student.noise.kind": "gumbel", "student.noise.readout": "true", "student.noise.drafts": "[1]",
     "log_every": 1, "eval_every": 0, "checkpoint_every": 2, "device": "cpu", "threads": 1, "tensorboard": "false",
 }  # fmt: skip
-ALONE = [sys.executable, "-m", "trainer"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
 
 
@@ -33,39 +38,112 @@ def data(tmp_path_factory):
     return write_chain(tmp_path_factory.mktemp("data") / "dataset", rows=60)  # 12 steps of 8 rows: an epoch ends inside step 8
 
 
-def command(output: Path, data: Path, launcher: list[str] = ALONE, **changes) -> list[str]:
+def arguments(output: Path, data: Path, **changes) -> list[str]:
     settings = {"output": output, "data.path": data, **SMALL, **{name.replace("__", "."): value for name, value in changes.items()}}
-    return launcher + [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 def refuse(capsys, output: Path, data: Path, **changes) -> str:
     """Run in this process; returns the message of a refusal, the last thing that it said."""
-    status = main(command(output, data, [], **changes))
+    status = main(arguments(output, data, **changes))
     progress, _, message = capsys.readouterr().err.rpartition("error: ")
     assert status == 1 and message and "Traceback" not in progress
     return message
 
 
-def run(*args, **changes) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*args, **changes), capture_output=True, text=True, env=environment, check=False, timeout=600)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run(output, data)
+    assert main(arguments(output, data)) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed_two(data, tmp_path_factory):
+    """By torchrun, in accumulation."""
+    output = tmp_path_factory.mktemp("undisturbed_two") / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = TWO + arguments(output, data, optim__micro_batch=2)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return output
 
 
+def lines(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def steps(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines() if "train/nelbo" in line]
+    """What training logged, but for the clock."""
+    timed = ("train/tokens/s", "train/waiting")
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines(output) if "train/nelbo" in line]
 
 
 def weights_equal(a: Path, b: Path) -> bool:
     x, y = load_tensors(a / "model.safetensors"), load_tensors(b / "model.safetensors")
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def kill_until_done(output: Path, data: Path, size: int, seed: int, **changes) -> int:
+    """Run again and again, each process killed at a random file operation, until one run gets through; returns the number of deaths."""
+    chance, deaths, before = random.Random(seed), 0, 0
+    while not (output / "student.json").exists():
+        die = DieAtFileOperation(chance.randrange(8, 60), after=chance.random() < 0.5)
+        ended = processes.run(arguments(output, data, **changes), output.with_name("said"), size, die)
+        found = checkpoint.checkpoints(output)
+        assert int(found[-1].name[:6]) >= before if found else not before, "a checkpoint was lost"
+        assert f"resumed at step {before}" in ended[0].said or not before
+        if ended[0].status:
+            assert ended[0].status == -signal.SIGKILL, ended[0].said
+            assert all(peer.status == 1 and "another process of this run ended" in peer.said for peer in ended[1:])
+            deaths += 1
+        before = int(found[-1].name[:6]) if found else 0
+    return deaths
+
+
+def test_a_run_that_dies_at_random_file_operations_ends_with_the_bits_of_one_that_does_not(data, undisturbed, tmp_path):
+    assert kill_until_done(tmp_path / "run", data, size=1, seed=5) >= 3
+    assert weights_equal(tmp_path / "run", undisturbed)
+    assert steps(tmp_path / "run") == steps(undisturbed)
+
+
+def test_so_does_a_run_of_two_processes(data, undisturbed_two, tmp_path):
+    assert kill_until_done(tmp_path / "run", data, size=2, seed=6, optim__micro_batch=2) >= 2
+    assert weights_equal(tmp_path / "run", undisturbed_two)
+    assert steps(tmp_path / "run") == steps(undisturbed_two)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(data, undisturbed_two, tmp_path):
+    command = arguments(tmp_path / "run", data, optim__micro_batch=2, checkpoint_every=0)
+    ended = processes.run(command, tmp_path, 2, Terminated(step=5, on=1))
+    assert [process.status for process in ended] == [130, 130] and "stopped at step 5" in ended[0].said
+    assert [process.status for process in processes.run(command, tmp_path, 2)] == [0, 0]
+    assert weights_equal(tmp_path / "run", undisturbed_two) and steps(tmp_path / "run") == steps(undisturbed_two)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_between_checkpoints_costs_no_bit_either(data, undisturbed, tmp_path, number):
+    output, log = tmp_path / "run", tmp_path / "said"
+    with processes.training(arguments(output, data), log) as (process,):
+        while process.is_alive() and not ((log / "said.0").exists() and "step 5/12" in (log / "said.0").read_text()):
+            process.join(0.005)
+        os.kill(process.pid, number)
+        process.join(600)
+        assert process.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert not (output / "student.json").exists()
+    assert main(arguments(output, data)) == 0
+    assert weights_equal(output, undisturbed) and steps(output) == steps(undisturbed)
+
+
+def test_two_processes_and_accumulation_train_on_the_same_global_batches(data, undisturbed_two, tmp_path):
+    """Losses before any update are the same; dropout then differs, a stream for each process."""
+    output = tmp_path / "run"
+    for size, micro in ((1, 0), (2, 2)):
+        ended = processes.run(arguments(output / str(size), data, optim__steps=6, student__dropout=0.0, optim__micro_batch=micro), tmp_path, size)
+        assert not any(process.status for process in ended), ended
+    for a, b in zip(steps(output / "1"), steps(output / "2"), strict=True):
+        assert a["train/nelbo"] == pytest.approx(b["train/nelbo"], rel=1e-4)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-3)
 
 
 def test_a_signal_during_a_checkpoint_stops_the_run_and_is_not_lost(data, tmp_path, capsys, monkeypatch):
@@ -77,14 +155,26 @@ def test_a_signal_during_a_checkpoint_stops_the_run_and_is_not_lost(data, tmp_pa
         save(run, state, *rest)
 
     monkeypatch.setattr(checkpoint, "save", interrupted)
-    assert main(command(tmp_path / "run", data, [])) == 130
+    assert main(arguments(tmp_path / "run", data)) == 130
     assert "stopped at step 5" in capsys.readouterr().err and not (tmp_path / "run" / "student.json").exists()
 
 
-def test_checkpoints_are_in_order_past_a_million_steps(tmp_path):
-    for name in ("999800", "1000000", "000200", "1000200.tmp"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["000200", "999800", "1000000"]
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_continues_to_the_same_bits(data, undisturbed, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    (output / "student.json").unlink()
+    damaged = output / "checkpoints" / "000012" / "optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    assert main(arguments(output, data)) == 0
+    said = capsys.readouterr().err
+    assert "optimizer.safetensors is damaged" in said and "set aside as 000012.damaged" in said and "resumed at step 10" in said
+    assert weights_equal(output, undisturbed) and steps(output) == steps(undisturbed)
+    (output / "student.json").unlink()
+    for folder in checkpoint.checkpoints(output):
+        (folder / "state.json").write_text("{}")
+    assert "is whole; remove the folder to train from the start" in refuse(capsys, output, data)
 
 
 def test_a_resumed_run_may_change_its_micro_batch_and_the_place_of_its_data(data, tmp_path, capsys):
@@ -94,65 +184,78 @@ def test_a_resumed_run_may_change_its_micro_batch_and_the_place_of_its_data(data
         patch.setattr(
             checkpoint, "save", lambda run, state, *rest, save=checkpoint.save: (save(run, state, *rest), os.kill(os.getpid(), signal.SIGINT))
         )
-        assert main(command(output, data, [])) == 130
-    assert main(command(output, moved, [], optim__micro_batch=4)) == 0
+        assert main(arguments(output, data)) == 130
+    assert main(arguments(output, moved, optim__micro_batch=4)) == 0
     assert "resumed at step" in capsys.readouterr().err
 
 
+def test_a_resumed_run_needs_what_it_started_from_no_more(data, undisturbed, tmp_path):
+    start, output = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(undisturbed, start)
+    assert main(arguments(output, data, student__init_from=start, optim__steps=4)) == 0
+    shutil.rmtree(start)
+    (output / "student.json").unlink()
+    assert main(arguments(output, data, student__init_from=start, optim__steps=4)) == 0
+
+
+def test_settings_that_a_run_did_not_know_had_their_defaults(data, undisturbed, tmp_path, capsys):
+    """A run of an older version continues, and is finished."""
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    for path in (output / "student.json", output / "checkpoints" / "000012" / "state.json"):
+        about = json.loads(path.read_text())
+        del about["recipe"]["student"]["noise"]["draft_restart"], about["recipe"]["optim"]["schedule"]
+        path.write_text(json.dumps(about))
+    assert main(arguments(output, data)) == 0 and "trained already" in capsys.readouterr().out
+    assert "optim.schedule: 'linear' here, 'constant' there" in refuse(capsys, output, data, optim__schedule="linear")
+
+
 def test_the_probe_gives_even_a_single_row_the_noise_of_another(data, tmp_path):
-    assert main(command(tmp_path / "run", data, [], optim__steps=2, data__heldout=data, eval_rows=2, optim__micro_batch=1)) == 0
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert main(arguments(tmp_path / "run", data, optim__steps=2, data__heldout=data, eval_rows=2, optim__micro_batch=1)) == 0
+    last = lines(tmp_path / "run")[-1]
     assert last["heldout/nelbo"] != last["heldout/nelbo_other_noise"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(data, undisturbed, tmp_path, number):
-    output = tmp_path / "run"
-    process = subprocess.Popen(command(output, data), stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for line in process.stderr:
-        if "step 5/12" in line:
-            process.send_signal(number)
-            break
-    process.stderr.read()
-    assert process.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-    assert not (output / "student.json").exists()
-    resumed = run(output, data)
-    assert resumed.returncode == 0 and "resumed at step" in resumed.stderr, resumed.stderr
-    assert weights_equal(output, undisturbed)
-    figures = [{name: line[name] for name in ("step", "train/nelbo", "train/grad_norm")} for line in steps(output)]
-    assert figures == [{name: line[name] for name in ("step", "train/nelbo", "train/grad_norm")} for line in steps(undisturbed)]
-
-
-def test_two_processes_and_accumulation_train_on_the_same_global_batches(data, tmp_path):
-    without_dropout = {"student__dropout": 0.0, "optim__steps": 6}
-    alone, two = tmp_path / "alone", tmp_path / "two"
-    for output, launcher, micro in ((alone, ALONE, 0), (two, TWO, 2)):
-        done = run(output, data, launcher, optim__micro_batch=micro, **without_dropout)
-        assert done.returncode == 0, done.stderr
-    for a, b in zip(steps(alone), steps(two), strict=True):
-        assert a["train/nelbo"] == pytest.approx(b["train/nelbo"], rel=1e-4)
-        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-3)
-
-
-def test_a_finished_run_is_a_student_with_its_provenance_and_running_again_does_nothing(data, undisturbed):
+def test_a_finished_run_is_a_student_with_its_provenance_and_running_again_does_nothing(data, undisturbed, capsys):
     student = load_student(undisturbed)
     assert student.provenance["root_hash"] == json.loads((data / "manifest.json").read_text())["root_hash"]
     assert student.recipe["optim"]["steps"] == 12
     before = (undisturbed / "model.safetensors").stat().st_mtime_ns
-    again = run(undisturbed, data)
-    assert again.returncode == 0 and "trained already" in again.stdout
+    assert main(arguments(undisturbed, data)) == 0 and "trained already" in capsys.readouterr().out
     assert (undisturbed / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_training_makes_the_loss_fall_and_the_probe_sees_that_noise_is_used(tmp_path, capsys):
     data, heldout = write_chain(tmp_path / "data", rows=512), write_chain(tmp_path / "heldout", rows=60, text_seed=9, seed=78)
     larger = {"student__dropout": 0.0, "student__hidden": 32, "optim__steps": 200, "optim__lr": 1e-2, "optim__global_batch": 64}
-    assert main(command(tmp_path / "run", data, [], checkpoint_every=0, log_every=20, data__heldout=heldout, **larger)) == 0
+    assert main(arguments(tmp_path / "run", data, checkpoint_every=0, log_every=20, data__heldout=heldout, **larger)) == 0
     losses = [line["train/nelbo"] for line in steps(tmp_path / "run")]
     assert losses[-1] < 0.6 * losses[0]
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = lines(tmp_path / "run")[-1]
     assert last["heldout/nelbo"] < 0.6 * last["heldout/nelbo_other_noise"]
-    assert "no likelihood bound" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "no likelihood bound" in said and "waiting for data" in said and all(0 <= line["train/waiting"] <= 1 for line in lines(tmp_path / "run")[:-1])
+    )
+
+
+def test_bfloat16_and_compile_train_to_nearly_the_same_loss(data, undisturbed, tmp_path):
+    assert main(arguments(tmp_path / "run", data, precision="bfloat16", compile="true")) == 0
+    for ours, exact in zip(steps(tmp_path / "run"), steps(undisturbed), strict=True):
+        assert ours["train/nelbo"] == pytest.approx(exact["train/nelbo"], rel=0.03) and ours["train/nelbo"] != exact["train/nelbo"]
+    assert all(tensor.dtype == torch.float32 for tensor in load_tensors(tmp_path / "run" / "model.safetensors").values())
+
+
+NO_NOISE = {"student__noise__kind": "none", "student__noise__readout": "false", "student__noise__drafts": "[]"}
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(data, tmp_path, monkeypatch):
+    output, losses = tmp_path / "run", iter([2.0, 1.0, 1.5, 1.2])
+    monkeypatch.setattr(Heldout, "figures", lambda *_: {"nelbo": next(losses)})
+    changes = {**NO_NOISE, "data__heldout": data, "eval_every": 3, "checkpoint_every": 5, "keep_checkpoints": 1}
+    assert main(arguments(output, data, keep_best="true", **changes)) == 0
+    assert [path.name for path in checkpoint.checkpoints(output)] == ["000006", "000012"]
+    assert checkpoint.best(output, "nelbo").name == "000006"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +263,7 @@ def test_training_makes_the_loss_fall_and_the_probe_sees_that_noise_is_used(tmp_
     [
         ({"optim__lr": 1e-2}, "optim.lr: 0.01 here, 0.0003 there"),
         ({"student__noise__drafts": "[2]"}, "student.noise.drafts"),
-        ({"student__kind": "ar", "student__noise__kind": "none", "student__noise__readout": "false", "student__noise__drafts": "[]"}, "student.kind"),
+        ({"student__kind": "ar", **NO_NOISE}, "student.kind"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused_by_field(data, undisturbed, capsys, changes, message):
@@ -173,30 +276,97 @@ def test_another_run_in_the_same_folder_is_refused_by_field(data, undisturbed, c
         ({"data__path": "nowhere"}, "not a noise dataset"),
         ({"optim__micro_batch": 3}, "whole accumulation"),
         ({"student__hidden": 18}, "multiple of 2 x student.heads"),
-        ({"optim__lr": 1e30, "optim__clip": 0.0, "student__dropout": 0.0}, "sequence ids"),
-        ({"student__init_from": "nowhere"}, "nowhere/model.safetensors does not exist"),
+        ({"student__init_from": "nowhere"}, "nowhere"),
+        ({"keep_best": "true"}, "data.heldout is empty"),
+        ({"wandb": "project"}, "pip install wandb"),
     ],
 )
-def test_what_cannot_work_ends_with_one_clear_line(data, tmp_path, capsys, changes, message):
+def test_what_cannot_work_ends_with_one_clear_line(data, tmp_path, capsys, changes, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert message in refuse(capsys, tmp_path / "run", data, **changes)
     assert not (tmp_path / "run" / "student.json").exists()
+
+
+def test_no_checkpoint_is_called_best_by_a_loss_that_knows_the_text(data, tmp_path, capsys):
+    assert "that noise knows the held-out text" in refuse(capsys, tmp_path / "run", data, data__heldout=data, keep_best="true")
+
+
+def spoil(monkeypatch, step: int, place: int, loss) -> list[int]:
+    """Make the loss of one step's micro-batch that begins at a place what `loss` makes of it; returns a list that will hold its sequence ids."""
+    ids, forward = [], MDLM.forward
+
+    def spoilt(self, batch, chance, noise_of=None):
+        value, figures = forward(self, batch, chance, noise_of)
+        if chance.step == step and int(batch.place_B[0]) == place:
+            ids[:] = batch.sequence_id_B.tolist()
+            value = loss(value)
+        return value, figures
+
+    monkeypatch.setattr(MDLM, "forward", spoilt)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("step", "loss", "message", "stands"),
+    [
+        (6, lambda value: value * float("nan"), "the loss of step 6 is not finite; micro-batch 2 of 4", "000004"),
+        (19, lambda value: value + 1e5, "nats a token, where the last steps had", "000018"),
+    ],
+    ids=["not a number", "explosion"],
+)
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_bad_loss_stops_the_run_with_the_sequences_of_its_micro_batch(data, tmp_path, capsys, monkeypatch, step, loss, message, stands, log_every):
+    ids = spoil(monkeypatch, step, 2, loss)
+    said = refuse(capsys, tmp_path / "run", data, optim__steps=24, optim__micro_batch=2, log_every=log_every)
+    assert message in said and len(ids) == 2 and f"has sequence ids {ids[0]}, {ids[1]};" in said
+    assert checkpoint.checkpoints(tmp_path / "run")[-1].name == stands, "no checkpoint holds what came after"
+    again = refuse(capsys, tmp_path / "run", data, optim__steps=24, optim__micro_batch=2, log_every=log_every)
+    assert again == said, "a resumed run judges by what came before it"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too(data, tmp_path, capsys, monkeypatch):
+    spoil(monkeypatch, 3, 0, lambda value: value + (value - value.detach()) * float("inf"))
+    said = refuse(capsys, tmp_path / "run", data)
+    assert "of step 3 is not finite" in said and "sequence ids" in said
+
+
+def test_two_processes_name_the_same_micro_batch(data, tmp_path):
+    ended = processes.run(arguments(tmp_path / "run", data, optim__micro_batch=2), tmp_path, 2, bad_loss_on_one)
+    first, second = (process.said.rpartition("error: ")[2] for process in ended)
+    assert [process.status for process in ended] == [1, 1] and first == second
+    assert "the loss of step 4 is not finite; micro-batch 1 of 2 on process 1 has sequence ids" in first
+
+
+def bad_loss_on_one(rank: int) -> None:
+    spoil(pytest.MonkeyPatch(), 4, 4, lambda value: value * float("nan"))  # the second process has places 4 to 7
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_out_of_memory_suggests_the_micro_batch_that_keeps_the_global_batch(data, tmp_path, size):
+    ended = processes.run(arguments(tmp_path / "run", data, optim__global_batch=12), tmp_path, size, RunOutOfMemory(passes=3, on=size - 1))
+    assert all(process.status == 1 and "Traceback" not in process.said for process in ended), ended
+    rows, smaller = 12 // size, 6 // size
+    message = f"out of memory with micro-batches of {rows} rows; --optim.micro_batch {smaller} keeps the global batch of 12"
+    assert message in ended[-1].said
+    assert all("another process of this run ended" in process.said for process in ended[:-1])
 
 
 def test_noise_is_refused_from_a_dataset_that_has_none_and_unknown_keys_are_errors(tmp_path, capsys):
     tokens = write_chain(tmp_path / "tokens", extraction="none")
     assert "tokens but no noise" in refuse(capsys, tmp_path / "run", tokens)
     with pytest.raises(SystemExit) as end:
-        main(command(tmp_path / "run", tokens, [], optim__learning_rate=1.0))
+        main(arguments(tmp_path / "run", tokens, optim__learning_rate=1.0))
     assert end.value.code == 2 and "learning_rate" in capsys.readouterr().err
-    assert main(command(tmp_path / "run", tokens, [], log_every=0)) == 2
+    assert main(arguments(tmp_path / "run", tokens, log_every=0)) == 2
     assert "error: log_every is 0; it must be at least 1" in capsys.readouterr().err
 
 
-def test_help_explains_every_setting(capsys):
+def test_help_explains_every_setting_and_the_other_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "Peak learning rate." in shown and "Add a learned scale times g to the output logits" in shown
+    assert "python -m trainer export" in shown
 
 
 def test_a_full_disk_ends_with_one_clear_line_and_the_last_checkpoint_stands(data, tmp_path, capsys, monkeypatch):
@@ -204,7 +374,7 @@ def test_a_full_disk_ends_with_one_clear_line_and_the_last_checkpoint_stands(dat
 
     def full(descriptor: int) -> None:
         writes.append(descriptor)
-        if len(writes) > 12:  # the recipe, two checkpoints of five files, and then no more
+        if len(writes) > 12:  # the recipe, a checkpoint, and then no more
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
@@ -213,8 +383,21 @@ def test_a_full_disk_ends_with_one_clear_line_and_the_last_checkpoint_stands(dat
     monkeypatch.undo()
     finished = [folder.name for folder in (output / "checkpoints").iterdir() if folder.name.isdigit()]
     assert finished and all((output / "checkpoints" / name / "state.json").exists() for name in finished)
-    assert main(command(output, data, [], optim__ema=0.0)) == 0
+    assert main(arguments(output, data, optim__ema=0.0)) == 0
     assert "resumed at step" in capsys.readouterr().err
+
+
+def test_weights_and_biases_gets_the_figures_and_a_resumed_run_goes_on_in_the_same_place(data, tmp_path, monkeypatch):
+    started, logged = [], []
+    run = types.SimpleNamespace(log=lambda figures, step: logged.append((step, figures)), finish=lambda: logged.append("finished"))
+    fake = types.SimpleNamespace(init=lambda **settings: started.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for steps_ in (2, 2):
+        assert main(arguments(tmp_path / "run", data, optim__steps=steps_, wandb="noise")) == 0
+        (tmp_path / "run" / "student.json").unlink()
+    assert [step for step, _ in logged[:2]] == [1, 2] and "train/nelbo" in logged[0][1] and logged[2] == "finished"
+    assert started[0] == started[1] and started[0]["project"] == "noise" and started[0]["resume"] == "allow"
+    assert started[0]["config"]["optim"]["steps"] == 2
 
 
 def test_schedules_warm_up_and_end_where_they_say():

@@ -12,7 +12,8 @@ from tests.trainer.chain import write_chain
 from trainer.chance import Chance
 from trainer.config import NoiseConfig, StudentConfig
 from trainer.data import NoiseDataset
-from trainer.students import build, load_student, save_student, start_from
+from trainer.initialise import start_from
+from trainer.students import build, load_student, save_student
 
 V, L = 13, 8
 EVERYTHING = NoiseConfig(kind="gumbel", input="add", projection="own", prior="unigram", readout=True, drafts=[1, 2])

@@ -2,27 +2,33 @@
 
 student.forward(batch, chance) -> (loss summed over rows, figures)      what the loop calls
 student.logits(...)                                                     what a sampler calls
+student.figure_names, own_state(), after_heldout(...)                   see base.py
 save_student / load_student                                             a folder: student.json + model.safetensors
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from noise.storage import DatasetError, atomic_file, read_json, write_json
-from trainer.config import NoiseConfig, StudentConfig
+from trainer.config import MedusaConfig, NoiseConfig, ObjectiveConfig, StudentConfig
+from trainer.declared import refuse_larger
 from trainer.students.ar import AR
+from trainer.students.base import Base
+from trainer.students.bd3lm import BD3LM
 from trainer.students.mdlm import MDLM
+from trainer.students.medusa import Medusa
+from trainer.students.mtp import MTP
 
-Student = AR | MDLM
-KINDS: dict[str, type[AR] | type[MDLM]] = {"ar": AR, "mdlm": MDLM}
+Student = Base
+KINDS: dict[str, type[Base]] = {"ar": AR, "mdlm": MDLM, "bd3lm": BD3LM, "medusa": Medusa, "mtp": MTP}
 
 
 def build(config: StudentConfig, vocab_size: int, block_length: int) -> Student:
@@ -46,17 +52,20 @@ def load_student(folder: Path, device: str = "cpu") -> Student:
     folder = Path(folder)
     if not (folder / "student.json").exists():
         raise DatasetError(f"{folder} is not a student: it has no student.json; train one with `python -m trainer`")
-    about = read_json(folder / "student.json")
+    about, weights = read_json(folder / "student.json"), load_tensors(folder / "model.safetensors")
     try:
-        settings = {**about["student"], "noise": NoiseConfig(**about["student"]["noise"])}
+        kinds = {"noise": NoiseConfig, "objective": ObjectiveConfig, "medusa": MedusaConfig}
+        settings = {**about["student"], **{name: kind(**about["student"].get(name, {})) for name, kind in kinds.items()}}
+        refuse_larger(settings, about["vocab_size"], about["block_length"], weights)
         student = build(StudentConfig(**settings), about["vocab_size"], about["block_length"])
-    except (KeyError, TypeError) as error:
+    except DatasetError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise DatasetError(f"{folder / 'student.json'} does not describe a student of this version: {error}") from None
-    weights = load_tensors(folder / "model.safetensors")
     if student.config.kind == "ar":
         weights.pop("lm_head.weight", None)
     try:
-        student.load_state_dict(weights)
+        student.load_own_state(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise DatasetError(f"{folder / 'model.safetensors'} holds another student than student.json says: {reason}") from None
@@ -64,12 +73,14 @@ def load_student(folder: Path, device: str = "cpu") -> Student:
     return student.to(device).eval()
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors as safetensors, atomically."""
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Tensors as safetensors, atomically; returns the file's sha256."""
     from safetensors.torch import save
 
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     with atomic_file(path) as file:
-        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}))
+        file.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -80,44 +91,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise DatasetError(f"{path} does not exist") from None
     except SafetensorError as error:
         raise DatasetError(f"{path} is truncated or damaged ({error})") from None
-
-
-def start_from(student: Student, folder: Path) -> list[str]:
-    """Load what fits of a causal or masked checkpoint by name and shape; returns lines that say what was and was not."""
-    weights = load_tensors(folder / "model.safetensors")
-    own = student.state_dict()
-    depth = 1 + max((int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")), default=0)
-    loaded, kept = [], []
-    with torch.no_grad():
-        for name, tensor in own.items():
-            given = weights.get(_repeated(name, depth))
-            if given is not None and given.shape == tensor.shape:
-                tensor.copy_(given)
-                loaded.append(name)
-            elif name == "model.embed_tokens.weight" and given is not None and given.shape[1] == tensor.shape[1] and given.shape[0] < tensor.shape[0]:
-                tensor[: len(given)] = given  # the mask entry starts as the mean token
-                tensor[len(given) :] = given.mean(0)
-                loaded.append(f"{name} ({len(given)} of {len(tensor)} entries)")
-            else:
-                kept.append(f"{name} {'(not in the checkpoint)' if given is None else f'(shape {tuple(given.shape)}, ours {tuple(tensor.shape)})'}")
-    unused = sorted(set(weights) - set(own) - {"lm_head.weight"})
-    if not loaded:
-        name, tensor = next(iter(own.items()))
-        raise DatasetError(
-            f"{folder}: no tensor fits this student, whose {name} is {tuple(tensor.shape)}; start from a student, or a Llama-family checkpoint, "
-            "of the same width"
-        )
-    lines = [f"started from {folder}: {len(loaded)} tensors loaded"]
-    lines += [f"  kept its initial value: {name}" for name in kept] + [f"  unused there: {name}" for name in unused]
-    return lines
-
-
-def _repeated(name: str, depth: int) -> str:
-    """A deeper student takes the layers again from the first: layer i starts as layer i mod depth."""
-    parts = name.split(".")
-    if parts[:2] == ["model", "layers"]:
-        parts[2] = str(int(parts[2]) % depth)
-    return ".".join(parts)
 
 
 def parameters(module: nn.Module) -> int:
