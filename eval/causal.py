@@ -1,22 +1,28 @@
-"""Any Hugging Face causal LM: load it, know it again, and let it write from known noise.
+"""Any Hugging Face causal LM, an `ar` student's folder among them: load it, know it again, and let it write from known noise.
 
 A causal LM writes token t as argmax(log p + g_t) with the stream's noise at (seed, sequence, t): exactly its own
-distribution, and for a teacher exactly the text that a perfect student would make of the same noise.
-Shapes: B rows, L positions, V vocabulary.
+distribution, and for a teacher exactly the text that a perfect student would make of the same noise. Temperature, top-k
+and nucleus change p first. The loop, with its KV cache, is the one that writes datasets (pipeline.generate).
+Shapes: B rows, L positions, P longest prompt, N positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.sampler import NOISE_DRAW
+from eval.decoding import Decoding, restricted_log_probs
+from eval.stream import NOISE_DRAW
 from noise import philox
+from noise.sketch import TeacherError
 from noise.storage import DatasetError, read_json, sha256_file
+from pipeline.generate import write
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -55,17 +61,17 @@ def load_tokenizer(name: str) -> Any:
 
 
 class CausalLM:
-    """A causal LM in eval mode, float32. Raises DatasetError when it cannot be loaded."""
+    """A causal LM in eval mode. Raises DatasetError when it cannot be loaded."""
 
-    def __init__(self, name: str, device: str = "cpu"):
+    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32"):
         import transformers
 
-        self.name, self.device = name, device
+        self.name, self.device = name, torch.device(device)
         self.identity = model_identity(name)
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             loader: Any = transformers.AutoModelForCausalLM
-            self.model = loader.from_pretrained(name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+            self.model = loader.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DatasetError(f"{name}: transformers cannot load a causal LM from it ({_first_line(error)})") from None
         self.model = self.model.to(device).eval()
@@ -81,20 +87,57 @@ class CausalLM:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         return int(limit) if limit else None
 
-    @torch.inference_mode()
     def sample(self, bos: int, length: int, sequence_id_B: Tensor, seed: int, temperature: float = 1.0) -> Tensor:
-        """Rows int64 [B, L] that begin with BOS, written token by token with a KV cache from the stream's noise."""
-        sequence_id_B = sequence_id_B.to(self.device)
-        token_B = torch.full_like(sequence_id_B, bos)
-        written, cache = [token_B], None
-        for position in range(1, length):
-            out = self.model(input_ids=token_B[:, None], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            log_probs_BV = torch.log_softmax(out.logits[:, -1].float() / temperature, -1)
-            rows_B5 = philox.rows(seed, sequence_id_B, torch.full_like(sequence_id_B, position), NOISE_DRAW)
-            token_B = (log_probs_BV + philox.gumbel(rows_B5, log_probs_BV.shape[1])).argmax(1)
-            written.append(token_B)
-        return torch.stack(written, 1)
+        """Rows int64 [B, L] that begin with BOS."""
+        given_B = torch.ones_like(sequence_id_B)
+        return self.write(given_B[:, None] * bos, given_B, length, sequence_id_B, seed, Decoding(1, temperature))
+
+    def write(self, given_BP: Tensor, given_B: Tensor, length: int, sequence_id_B: Tensor, seed: int, decoding: Decoding) -> Tensor:
+        """Rows int64 [B, L] that go on from the first given_B tokens of given_BP, written token by token with a KV cache.
+
+        Of `decoding`, temperature, top_k, nucleus and output are used. Raises DatasetError where logits are not finite.
+        """
+        try:
+            return write(self, FromLogits(decoding), seed, sequence_id_B, given_BP, given_B, length, NOISE_DRAW)[0]
+        except TeacherError as error:
+            raise DatasetError(f"{self.name}: {error}") from None
+
+    def follow(self, input_ids_BL: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """(logits [B, V] of the next token, KV cache) of tokens that continue what the cache holds."""
+        out = self.model(input_ids=input_ids_BL.to(self.device), past_key_values=cache, use_cache=True)
+        return out.logits[:, -1], out.past_key_values
+
+    def forward_of(self, hidden: bool = False) -> Callable[[Tensor, Any], tuple[list[Tensor], Any]]:
+        """Tokens [B, W] that continue what the cache holds, and the cache -> ([logits [B, W, V]], the cache).
+
+        `hidden` adds the states that the output layer reads, float32 [B, W, H].
+        """
+
+        def forward(ids_BW: Tensor, cache: Any) -> tuple[list[Tensor], Any]:
+            out = self.model(input_ids=ids_BW.to(self.device), past_key_values=cache, use_cache=True, output_hidden_states=hidden)
+            states = [out.hidden_states[-1].float()] if hidden else []
+            return [out.logits, *states], getattr(out, "past_key_values", None)
+
+        return forward
+
+    @torch.inference_mode()
+    def logits_of(self, ids_BL: Tensor, where_N: Tensor) -> Tensor:
+        """Logits [N, V] of the tokens at flat positions b L + t >= 1, each given the row's tokens before it: one forward."""
+        logits_BLV = self.model(input_ids=ids_BL.to(self.device), use_cache=False).logits
+        return logits_BLV.flatten(0, 1)[where_N.to(self.device) - 1]
+
+
+@dataclass(frozen=True)
+class FromLogits:
+    """How a causal LM's token is chosen: argmax(log p + g) of the restricted distribution, or the most likely token."""
+
+    decoding: Decoding
+    stop: int | None = None
+
+    def scores(self, logits_NV: Tensor, rows_N5: Tensor) -> tuple[Tensor, Tensor]:
+        """(what the token is the argmax of, log p), both [N, V]."""
+        log_p_NV = restricted_log_probs(logits_NV, self.decoding)
+        return log_p_NV if self.decoding.output == "argmax" else log_p_NV + philox.gumbel(rows_N5, log_p_NV.shape[1]), log_p_NV
 
 
 def _first_line(error: Exception) -> str:

@@ -24,13 +24,13 @@ import torch
 
 from eval.frontier import Frontier, Matched, match
 from eval.metrics import Array, Interval, bootstrap_weights, pooled_entropy
+from eval.taught import LIMIT
 
 if TYPE_CHECKING:
     from eval.chain import ChainConfig
-    from eval.sampler import Decoding
+    from eval.decoding import Decoding
 
 FORMAT_VERSION = 1
-LIMIT = "limit"
 _DISTANCE_REPLICATES = 200
 
 Report = dict[str, Any]
@@ -73,7 +73,7 @@ class _Figures:
             "valid": asdict(Interval.of(self._valid(ids_SL))),
             "entropy": asdict(Interval.of(self._entropy(ids_SL))),
             "rollout_prefix": asdict(Interval.of(self._mean(np.cumprod(same_SL, axis=1).sum(1)))),
-            "pair_distance": asdict(_normal(self._distance(ids_SL))),
+            "pair_distance": asdict(Interval.normal(self._distance(ids_SL))),
         }
 
     def _mean(self, value_S: Array) -> Array:
@@ -113,13 +113,13 @@ class _Figures:
     def _at(self, name: str, output: str, nfe: int) -> dict[str, Any]:
         at = self._matched(name, output, nfe)
         points = [{**asdict(decoding), **self.figures(ids_SL)} for decoding, ids_SL in self._points(name, output, nfe).items()]
-        matched = {"valid": asdict(Interval.of(at.log_perplexity_R)), "position": at.position, "clamped": at.clamped}
+        matched = {"valid": asdict(Interval.of(at.value_R)), "position": at.position, "clamped": at.clamped}
         return {"points": points, "matched": matched}
 
     def _comparison(self, name: str, output: str, nfe: int, other: str) -> dict[str, Any]:
         ours, theirs = self._matched(name, output, nfe), self._matched(other, "sample", nfe)
-        valid = Interval.of(ours.log_perplexity_R - theirs.log_perplexity_R)
-        distance = _normal(self._distance(self._first(name, output, nfe)) - self._distance(self._first(other, "sample", nfe)))
+        valid = Interval.of(ours.value_R - theirs.value_R)
+        distance = Interval.normal(self._distance(self._first(name, output, nfe)) - self._distance(self._first(other, "sample", nfe)))
         line = {"nfe": nfe, "system": name, "output": output, "against": other, "position": ours.position}
         return {**line, "valid": asdict(valid), "distance": asdict(distance)}
 
@@ -134,8 +134,3 @@ def pair_distance(ids_SL: Array, joint_VV: Array, weights_RS: Array | None = Non
         count = np.bincount(code, weights=np.repeat(weight_S, pairs), minlength=width * width)
         found.append(np.abs(count / count.sum() - joint_VV.ravel()).sum() / 2)
     return np.array(found)
-
-
-def _normal(statistic_R: Array) -> Interval:
-    half = 1.96 * float(statistic_R[1:].std())
-    return Interval(float(statistic_R[0]), float(statistic_R[0]) - half, float(statistic_R[0]) + half)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from eval.decoding import OrderName, SamplerName
+
 
 @dataclass
 class System:
-    """One student of a report, traced by several temperatures or several noise temperatures."""
+    """One student of a report, traced by one of: temperatures, noise temperatures, nuclei."""
 
     student: str
-    """Folder of a trained mdlm student."""
+    """Folder of a trained mdlm, bd3lm or ar student."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     """Divide the logits before sampling; more than one traces the frontier."""
     noise_temperatures: list[float] = field(default_factory=lambda: [1.0])
@@ -20,14 +22,64 @@ class System:
     """Sample from the smallest set of tokens with at least this probability."""
     output: Literal["auto", "sample", "argmax"] = "auto"
     """auto: argmax where noise.readout made it the sample, else sample."""
+    nuclei: list[float] = field(default_factory=list)
+    """Several values in place of nucleus: they trace the frontier."""
+    top_k: int = 0
+    """Sample from that many most likely tokens; 0: from all."""
+    sampler: SamplerName = "even"
+    """As in `eval sample`. first_hitting and adaptive take as many forwards as they take, and are shown at that number."""
+    order: OrderName = "random"
+    """As in `eval sample`."""
+    fresh_noise: bool = False
+    """Draw the student's noise anew in each step, in place of holding it through all."""
+    auxiliary: str = ""
+    """The small causal LM of adaptive, in the student's tokens: a folder or hub id."""
+    student_weight: float = 0.5
+    """R of adaptive: its target is p_student^R p_auxiliary^(1-R)."""
+    nfe: list[int] = field(default_factory=list)
+    """Function evaluations of this system; empty: the report's. An ar student makes one forward a token."""
 
     def __post_init__(self) -> None:
-        for name in ("temperatures", "noise_temperatures"):
+        for name in ("temperatures", "noise_temperatures", "nuclei", "nfe"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
+            if len(set(values)) < len(values) or (not values and name.endswith("temperatures")):
                 raise ValueError(f"{name} of {self.student} is {values}; give at least one value, each once")
-        if len(self.temperatures) > 1 and len(self.noise_temperatures) > 1:
-            raise ValueError(f"{self.student} has several temperatures and several noise_temperatures; a frontier is traced by one of them")
+        swept = [name for name in ("temperatures", "noise_temperatures", "nuclei") if len(getattr(self, name)) > 1]
+        if len(swept) > 1:
+            raise ValueError(f"{self.student} has several {' and several '.join(swept)}; a frontier is traced by one of them")
+        if self.nuclei and self.nucleus != 1:
+            raise ValueError(f"{self.student} has nucleus {self.nucleus} and nuclei {self.nuclei}; nuclei stand in its place: drop nucleus")
+        if bool(self.auxiliary) != (self.sampler == "adaptive"):
+            raise ValueError(
+                f"{self.student} has sampler {self.sampler} and auxiliary {self.auxiliary!r}; adaptive needs a small causal LM, the others take none"
+            )
+
+
+@dataclass
+class MauveConfig:
+    """How near samples are to real text in the features of a language model; see eval/mauve.py."""
+
+    featuriser: str = ""
+    """Any Hugging Face language model, a folder or hub id (the paper of MAUVE: gpt2-large). Empty: no MAUVE."""
+    pooling: Literal["last", "mean"] = "last"
+    """Feature of a text: the last hidden state of its last token, or the mean over its tokens (for models that read both ways)."""
+    clusters: int = 0
+    """Clusters of all features; 0: one for ten texts."""
+    variance: float = 0.9
+    """Share of the features' variance that is kept."""
+    scale: float = 5.0
+    """c of the frontier."""
+    seed: int = 1
+    """Names the clusters."""
+    implementation: Literal["own", "mauve-text"] = "own"
+    """mauve-text: the authors' package, GPL-3.0, where it is installed."""
+
+    def __post_init__(self) -> None:
+        if self.clusters < 0 or self.clusters == 1 or not 0 < self.variance <= 1 or self.scale <= 0:
+            raise ValueError(
+                f"mauve has clusters {self.clusters}, variance {self.variance} and scale {self.scale}; "
+                "give 2 clusters or more (0: one for ten texts), a variance in (0, 1] and a scale above 0"
+            )
 
 
 @dataclass
@@ -35,15 +87,17 @@ class ReportConfig:
     """Students compared at matched entropy, with everything that the comparison needs."""
 
     output: str
-    """Folder of report.md, report.json and report.png; finished pieces are kept in its samples/, scores/ and reconstruction/."""
-    systems: dict[str, System]
-    """Name in the report -> student and how it is traced."""
-    baseline: str
-    """The system that all others are compared with."""
+    """Folder of report.html, report.md, report.json and report.png; finished pieces are kept in folders beside them."""
     heldout: str
     """Dataset of held-out rows at the students' block length: real text, and the noise that is to be turned back into it."""
     judge: str
     """Causal LM that scores the samples, a folder or hub id; not the teacher that made the noise."""
+    systems: dict[str, System] = field(default_factory=dict)
+    """Name in the report -> student and how it is traced."""
+    students: str = ""
+    """Folder of students: those that are not among the systems are added, with the traces that suit them. Empty: the systems alone."""
+    baseline: str = ""
+    """The system that all others are compared with; empty: the first masked student without noise, or else the first."""
     teacher: str = ""
     """Causal LM that made the noise: its own samples are a reference line. Empty: left out."""
     control: str = ""
@@ -54,6 +108,10 @@ class ReportConfig:
     """Function evaluations: forwards of the student for one sequence."""
     sequences: int = 1024
     """Sequences behind every figure."""
+    mauve: MauveConfig = field(default_factory=MauveConfig)
+    """MAUVE against real text."""
+    timing_rows: int = 64
+    """Sequences of the batch whose wall time is measured, each system at each NFE; 0: no wall time."""
     reconstruction_rows: int = 512
     """Held-out rows that are reconstructed from their noise; 0: none."""
     reconstruction_order: Literal["random", "confidence"] = "random"
@@ -72,14 +130,16 @@ class ReportConfig:
     """auto: a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        for name in [self.baseline] + ([self.control] if self.control else []):
-            if name not in self.systems:
+        if not self.systems and not self.students:
+            raise ValueError("systems is empty and students too; name the systems, or a folder of students")
+        for name in [self.baseline, self.control]:
+            if name and name not in self.systems and not self.students:
                 raise ValueError(f"baseline or control is {name!r}, which is not among the systems: {', '.join(self.systems)}")
-        if self.control == self.baseline:
+        if self.control and self.control == self.baseline:
             raise ValueError(f"baseline and control are both {self.baseline!r}; the control is the system with independent noise")
         if not self.nfe or min(self.nfe) < 1 or len(set(self.nfe)) < len(self.nfe):
             raise ValueError(f"nfe is {self.nfe}; give numbers from 1 up, each once")
-        for name, least in (("sequences", 2), ("replicates", 20), ("batch", 1), ("reconstruction_rows", 0), ("shown", 0)):
+        for name, least in (("sequences", 2), ("replicates", 20), ("batch", 1), ("reconstruction_rows", 0), ("shown", 0), ("timing_rows", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
@@ -89,27 +149,48 @@ class SampleConfig:
     """Samples of one student."""
 
     student: str
-    """Folder of a trained mdlm student."""
+    """Folder of a trained mdlm, bd3lm or ar student, or a causal LM: a folder or hub id."""
     output: str
     """Folder where the sample set is kept, and found again by the same command."""
     bos: int = -1
     """Token at position 0; -1: BOS of the tokenizer, or EOS where it has none."""
     tokenizer: str = ""
-    """Folder of the student's tokenizer; empty: tokenizer/ in the dataset it was trained on."""
-    nfe: int = 8
-    """Function evaluations: forwards of the student for one sequence."""
-    sequences: int = 1024
-    """How many."""
+    """Folder of the student's tokenizer; empty: tokenizer/ in the dataset it was trained on, or a causal LM's own."""
+    sampler: SamplerName = "even"
+    """How many positions a forward of a masked student reveals. even: equal groups in nfe forwards. ancestral: MDLM's reverse process in nfe
+    steps of the log-linear schedule; a step that reveals nothing costs no forward. first_hitting: the same process at its exact times, one
+    token a forward. adaptive: from left to right, as many as a small causal LM agrees with (arXiv 2506.00413)."""
+    nfe: int = 0
+    """Function evaluations, forwards of the student for one sequence: 1 to the unknown positions with even, steps with ancestral (0: 8);
+    first_hitting and adaptive take what they take. bd3lm: of one block (0: its positions). The forwards really made are counted and printed."""
+    order: OrderName = "random"
+    """Which positions even and ancestral reveal first. confidence: the surest of the moment."""
+    auxiliary: str = ""
+    """The small causal LM of adaptive, in the student's tokens: a folder or hub id."""
+    student_weight: float = 0.5
+    """R of adaptive: its target is p_student^R p_auxiliary^(1-R). At 1 all tokens are taken at once; lower, fewer are."""
+    prompts: str = ""
+    """JSONL of prompts or texts with blanks; sequence i takes line i modulo their number. Perplexity counts given tokens too. Empty: BOS alone."""
+    length: int = 0
+    """Positions of a row, BOS included; 0: the student's block, or a causal LM's context. A bd3lm student writes longer rows too."""
+    eos: int = -1
+    """bd3lm: a row ends at this token, once it is written past all that is given; -1: rows have their full length."""
+    keep_blocks: int = 0
+    """bd3lm: blocks that stay in sight when the window slides past the training length; 0: half a window."""
+    sequences: int = 0
+    """How many; 0: 1024, or one for each prompt."""
     temperature: float = 1.0
     """Divides the logits before sampling."""
     noise_temperature: float = 1.0
     """Multiplies the noise given to the student."""
+    fresh_noise: bool = False
+    """Draw the noise given to the student anew in each step; without, it is held through all steps, as it was in training."""
     nucleus: float = 1.0
     """Sample from the smallest set of tokens with at least this probability."""
+    top_k: int = 0
+    """Sample from that many most likely tokens; 0: from all."""
     choose: Literal["auto", "sample", "argmax"] = "auto"
     """auto: argmax where noise.readout made it the sample, else sample."""
-    order: Literal["random", "confidence"] = "random"
-    """Which positions are revealed first."""
     seed: int = 1
     """Names the samples."""
     batch: int = 256
@@ -120,8 +201,8 @@ class SampleConfig:
     """Sequences printed."""
 
     def __post_init__(self) -> None:
-        if self.sequences < 1 or self.batch < 1:
-            raise ValueError(f"sequences is {self.sequences} and batch {self.batch}; both must be at least 1")
+        if self.sequences < 0 or self.batch < 1:
+            raise ValueError(f"sequences is {self.sequences} and batch {self.batch}; give at least 1 (sequences 0: 1024, or one for each prompt)")
 
 
 @dataclass
@@ -154,3 +235,66 @@ class ReconstructConfig:
     """Bootstrap replicates behind every interval."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
+
+
+@dataclass
+class AcceptConfig:
+    """Accepted tokens per teacher call of one or several drafters."""
+
+    student: str | list[str]
+    """Folder of a trained mdlm, bd3lm, mtp or medusa student, or a small causal LM; or a list of them."""
+    teacher: str
+    """The causal LM whose samples are wanted, a folder or hub id."""
+    output: str
+    """Folder of accept.json; finished batches are kept in its accept/."""
+    rows: str = ""
+    """Noise dataset: its rows are written from their own noise. Empty: samples."""
+    prompts: str = ""
+    """JSONL of prompts; sequence i takes line i modulo their number. Empty: BOS alone."""
+    bos: int = -1
+    """Token at position 0 of a sample; -1: BOS of the tokenizer, or EOS where it has none."""
+    tokenizer: str = ""
+    """Folder of the tokenizer; empty: the teacher's own."""
+    length: int = 0
+    """Positions of a sample, BOS included; 0: the shortest of the students' blocks and the teacher's context."""
+    block: int = 4
+    """Tokens of a draft at most; a medusa or mtp student drafts as many as it predicts."""
+    nfe: int = 1
+    """Forwards of an mdlm student for a draft, of a bd3lm student for each block."""
+    sight: int = 0
+    """Masks after the known tokens that an mdlm student sees, at least `block`; 0: all to the row's end, as in training."""
+    sequences: int = 0
+    """How many; 0: 64, or one for each prompt."""
+    batch: int = 1
+    """Sequences written together, each at its own pace; changes the time, not the text."""
+    temperature: float = 1.0
+    """Divides the teacher's logits."""
+    nucleus: float = 1.0
+    """Sample from the smallest set of the teacher's tokens with at least this probability."""
+    top_k: int = 0
+    """Sample from that many of the teacher's most likely tokens; 0: from all."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """In which the teacher computes."""
+    seed: int = 1
+    """Names the noise and the choices."""
+    replicates: int = 1000
+    """Bootstrap replicates behind every interval."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        if not self.students or len(set(self.students)) < len(self.students):
+            raise ValueError(f"student is {self.students}; give at least one, each once")
+        for name, least in (("block", 1), ("nfe", 1), ("sequences", 0), ("batch", 1), ("replicates", 20), ("sight", 0), ("length", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if 0 < self.sight < self.block:
+            raise ValueError(f"sight is {self.sight}, less than the {self.block} tokens of a draft; raise it, or give 0")
+        usual = {"prompts": "", "bos": -1, "tokenizer": "", "length": 0, "temperature": 1.0, "nucleus": 1.0, "top_k": 0}
+        for name, default in usual.items():
+            if self.rows and getattr(self, name) != default:
+                raise ValueError(f"{name} is {getattr(self, name)}, but the dataset {self.rows} says how its rows begin, end and are chosen; drop it")
+
+    @property
+    def students(self) -> list[str]:
+        return [self.student] if isinstance(self.student, str) else list(self.student)

@@ -27,8 +27,8 @@ class Frontier:
 
     entropy_PR: Array
     """float64 [P, R]: pooled token entropy, nats."""
-    log_perplexity_PR: Array
-    """float64 [P, R]"""
+    value_PR: Array
+    """float64 [P, R]: log-perplexity, or what else is read at matched entropy."""
 
     @classmethod
     def trace(cls, points: Sequence[Scored], weights_RS: Array) -> Frontier:
@@ -40,7 +40,7 @@ class Frontier:
 class Matched:
     """A frontier read at an entropy."""
 
-    log_perplexity_R: Array
+    value_R: Array
     position: str
     """inside, or `above` / `below`: where the wanted entropy lies of the traced range; then the nearest end was read."""
     clamped: float
@@ -48,14 +48,15 @@ class Matched:
 
     @property
     def perplexity(self) -> Interval:
-        return Interval.of(np.exp(self.log_perplexity_R))
+        """Where the value is a log-perplexity."""
+        return Interval.of(np.exp(self.value_R))
 
 
 def match(frontier: Frontier, entropy_R: Array) -> Matched:
-    """Log-perplexity of the frontier at entropies [R], replicate by replicate."""
+    """The frontier's value at entropies [R], replicate by replicate."""
     order_PR = np.argsort(frontier.entropy_PR, axis=0, kind="stable")
     x_PR = np.take_along_axis(frontier.entropy_PR, order_PR, 0)
-    y_PR = np.take_along_axis(frontier.log_perplexity_PR, order_PR, 0)
+    y_PR = np.take_along_axis(frontier.value_PR, order_PR, 0)
     below_R, above_R = entropy_R < x_PR[0], entropy_R > x_PR[-1]
     position = "below" if below_R[0] else "above" if above_R[0] else "inside"
     clamped = float((below_R | above_R)[1:].mean()) if len(entropy_R) > 1 else float(position != "inside")
@@ -75,4 +76,4 @@ def _interpolate(x_PR: Array, y_PR: Array, at_R: Array) -> Array:
 
 def ratio(ours: Matched, theirs: Matched) -> Interval:
     """Our perplexity divided by theirs, both at matched entropy, paired replicate by replicate."""
-    return Interval.of(np.exp(ours.log_perplexity_R - theirs.log_perplexity_R))
+    return Interval.of(np.exp(ours.value_R - theirs.value_R))

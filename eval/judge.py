@@ -1,8 +1,9 @@
 """Generative perplexity: how likely a causal LM that did not make the noise finds the tokens.
 
-A judge with the students' own vocabulary reads token ids; any other reads the decoded text in its own tokens, after its
-own BOS. Position 0 is given and never counted. Likelihoods are summed in float64, in nats.
-Shapes: S sequences, B rows, L positions.
+A judge with the students' own vocabulary reads token ids; any other reads the decoded text in its own tokens (see reread).
+Past its context a window slides by half of it, so that a token there has half a context or more before it. Position 0 is
+given and never counted. Likelihoods are summed in float64, in nats.
+Shapes: S sequences, B windows at a time, W windows in all, L positions.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.causal import CausalLM, load_tokenizer
+from eval.causal import CausalLM
 from eval.metrics import Array
+from eval.reread import own_tokenizer, reread
 from noise.storage import DatasetError
 
 _LOGITS_AT_ONCE = 2**25
@@ -27,18 +29,7 @@ class Judge:
 
     def __init__(self, name: str, tokenizer: Any, vocab_size: int, device: str = "cpu"):
         self.lm, self.tokenizer = CausalLM(name, device), tokenizer
-        self.own: Any = None
-        try:
-            own = load_tokenizer(name)
-        except DatasetError:
-            if self.lm.vocab_size != vocab_size:
-                raise DatasetError(
-                    f"judge {name} has no tokenizer and its width {self.lm.vocab_size} is not the students' {vocab_size}; "
-                    "put its tokenizer's files beside its weights"
-                ) from None
-            return
-        if own.get_vocab() != tokenizer.get_vocab():
-            self.own = own
+        self.own = own_tokenizer("judge", name, self.lm.vocab_size, tokenizer, vocab_size)
 
     @property
     def retokenises(self) -> bool:
@@ -48,40 +39,41 @@ class Judge:
     def score(self, ids_SL: Array, length_S: Array, done: Callable[[int], None] = lambda rows: None) -> tuple[Array, Array]:
         """(sum of -log p float64 [S], counted tokens int64 [S])."""
         if self.own is not None:
-            ids_SL, length_S = self._retokenise(ids_SL, length_S)
+            ids_SL, length_S = reread("judge", self.lm.name, self.own, self.tokenizer, ids_SL, length_S)
         longest = int(np.max(length_S))
-        if self.lm.max_length is not None and longest > self.lm.max_length:
-            raise DatasetError(
-                f"judge {self.lm.name} reads {self.lm.max_length} positions, the longest row has {longest}; choose a judge with a longer context"
-            )
-        rows = max(1, min(256, _LOGITS_AT_ONCE // (longest * self.lm.vocab_size)))
-        nll, counted = [], []
-        for start in range(0, len(ids_SL), rows):
-            ids_BL, length_B = (
-                torch.from_numpy(ids_SL[start : start + rows, :longest].astype(np.int64)),
-                torch.from_numpy(length_S[start : start + rows].astype(np.int64)),
-            )
-            nll.append(token_nll(self.lm, ids_BL, length_B).sum(1).cpu().numpy())
-            counted.append((length_B - 1).clamp_min(0).numpy())
-            done(len(ids_BL))
-        total = np.concatenate(nll)
-        bad = ~np.isfinite(total)
-        if bad.any():
-            raise DatasetError(f"judge {self.lm.name} gives sequence {int(bad.argmax())} a likelihood of {total[bad][0]}; choose another judge")
-        return total, np.concatenate(counted)
+        context = min(longest, self.lm.max_length or longest)
+        window_W4 = windows(length_S, context)
+        total_S = np.zeros(len(ids_SL))
+        size = max(1, min(256, _LOGITS_AT_ONCE // (context * self.lm.vocab_size)))
+        for first in range(0, len(window_W4), size):
+            row_B, start_B, stop_B, new_B = window_W4[first : first + size].T
+            place_BL = np.minimum(start_B[:, None] + np.arange(context), longest - 1)
+            ids_BL, length_B = torch.from_numpy(ids_SL[row_B[:, None], place_BL].astype(np.int64)), torch.from_numpy(stop_B - start_B)
+            nll_BL = token_nll(self.lm, ids_BL, length_B).cpu().numpy()
+            seen_before_BL = start_B[:, None] + np.arange(1, context) < new_B[:, None]
+            np.add.at(total_S, row_B, np.where(seen_before_BL, 0.0, nll_BL).sum(1))
+            done(int((stop_B == length_S[row_B]).sum()))
+        bad_S = ~np.isfinite(total_S)
+        if bad_S.any():
+            raise DatasetError(f"judge {self.lm.name} gives sequence {int(bad_S.argmax())} a likelihood of {total_S[bad_S][0]}; choose another judge")
+        return total_S, np.maximum(length_S.astype(np.int64) - 1, 0)
 
-    def _retokenise(self, ids_SL: Array, length_S: Array) -> tuple[Array, Array]:
-        bos = self.own.bos_token_id if self.own.bos_token_id is not None else self.own.eos_token_id
-        if bos is None:
-            raise DatasetError(f"judge {self.lm.name}: its tokenizer has neither BOS nor EOS to begin a text with; choose another judge")
-        texts = [
-            self.tokenizer.decode(row[1:length], skip_special_tokens=True) for row, length in zip(ids_SL.tolist(), length_S.tolist(), strict=True)
-        ]
-        rows = [[bos, *ids] for ids in self.own(texts, add_special_tokens=False)["input_ids"]]
-        padded = np.full((len(rows), max(map(len, rows))), bos, np.int64)
-        for number, row in enumerate(rows):
-            padded[number, : len(row)] = row
-        return padded, np.array([len(row) for row in rows])
+
+def windows(length_S: Array, context: int) -> Array:
+    """Windows that slide by half a context, int64 [W, 4] in order of rows: (row, start, stop, first position that is new in it).
+
+    Every token is scored once; past the first window it has half a context or more before it.
+    """
+    found = []
+    for row, length in enumerate(np.asarray(length_S).tolist()):
+        start, new = 0, 1
+        while True:
+            stop = min(start + context, length)
+            found.append((row, start, stop, new))
+            if stop == length:
+                break
+            start, new = start + max(1, context // 2), stop
+    return np.array(found, np.int64)
 
 
 @torch.inference_mode()

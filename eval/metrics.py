@@ -49,6 +49,12 @@ class Interval:
         low, high = np.quantile(statistic_R[1:], (0.025, 0.975)) if len(statistic_R) > 1 else (statistic_R[0], statistic_R[0])
         return cls(float(statistic_R[0]), float(low), float(high))
 
+    @classmethod
+    def normal(cls, statistic_R: Array) -> Interval:
+        """Estimate and 1.96 standard deviations of the replicates: for distances, which a finite sample overstates and its replicates more so."""
+        half = 1.96 * float(statistic_R[1:].std())
+        return cls(float(statistic_R[0]), float(statistic_R[0]) - half, float(statistic_R[0]) + half)
+
 
 def bootstrap_weights(sequences: int, replicates: int, seed: int) -> Array:
     """float32 [R, S], R = replicates + 1: ones, then multinomial counts; a function of its arguments alone."""
@@ -92,26 +98,46 @@ def pooled_entropy(ids_SL: Array, length_S: Array, weights_RS: Array) -> Array:
     return np.concatenate([entropy(weights_RS[start : start + _REPLICATES_AT_ONCE] @ counts_SU) for start in parts])
 
 
-def sequence_entropy(ids_SL: Array, length_S: Array) -> float:
-    """Mean over sequences of the entropy of the tokens inside one: falls when sequences repeat themselves."""
-    return float(entropy(token_counts(ids_SL, length_S)).mean())
+def sequence_entropy(ids_SL: Array, length_S: Array) -> Array:
+    """Entropy of the tokens inside each sequence, float64 [S]: falls when sequences repeat themselves."""
+    return entropy(token_counts(ids_SL, length_S))
 
 
-def distinct(ids_SL: Array, length_S: Array, n: int) -> float:
-    """Different n-grams divided by all n-grams of the set; n-grams stay inside one sequence. 0 where there are none."""
-    good_SL = valid(ids_SL, length_S)
-    if ids_SL.shape[1] < n:
-        return 0.0
-    windows = ids_SL.shape[1] - n + 1
-    code, inside = np.zeros((len(ids_SL), windows), np.int64), np.ones((len(ids_SL), windows), bool)
-    for k in range(n):
+def ngrams(ids_SL: Array, length_S: Array, n: int) -> tuple[Array, Array]:
+    """(a number for each n-gram int64 [S, W], the same for the same n-gram; whether it lies inside its row bool [S, W]); W = max(0, L - n + 1)."""
+    good_SL, windows = valid(ids_SL, length_S), max(0, ids_SL.shape[1] - n + 1)
+    code_SW, inside_SW = np.zeros((len(ids_SL), windows), np.int64), np.ones((len(ids_SL), windows), bool)
+    for k in range(n if windows else 0):
         _, token = np.unique(ids_SL[:, k : k + windows], return_inverse=True)
-        token = token.reshape(code.shape)
-        _, code = np.unique(code * (int(token.max()) + 1) + token, return_inverse=True)
-        code = code.reshape(token.shape)
-        inside &= good_SL[:, k : k + windows]
-    found = code[inside]
-    return float(len(np.unique(found)) / len(found)) if len(found) else 0.0
+        token = token.reshape(code_SW.shape)
+        _, code = np.unique(code_SW * (int(token.max()) + 1) + token, return_inverse=True)
+        code_SW = code.reshape(token.shape)
+        inside_SW &= good_SL[:, k : k + windows]
+    return code_SW, inside_SW
+
+
+def distinct(ids_SL: Array, length_S: Array, n: int) -> Interval:
+    """Different n-grams divided by all n-grams of the set; n-grams stay inside one sequence. 0 where there are none.
+
+    The interval is the jackknife's, leaving out one sequence at a time: a bootstrap repeats sequences, which are then no longer different.
+    """
+    code_SW, inside_SW = ngrams(ids_SL, length_S, n)
+    row_N, code_N = inside_SW.nonzero()[0], code_SW[inside_SW]
+    if not len(code_N):
+        return Interval(0.0, 0.0, 0.0)
+    sequences, all_S = len(ids_SL), np.bincount(row_N, minlength=len(ids_SL))
+    pair = np.unique(np.stack([code_N, row_N]), axis=1)
+    _, first, rows = np.unique(pair[0], return_index=True, return_counts=True)
+    alone_S = np.bincount(pair[1][first[rows == 1]], minlength=sequences)
+    without_S = (len(first) - alone_S) / np.maximum(len(code_N) - all_S, 1)
+    half = 1.96 * float(np.sqrt((sequences - 1) * without_S.var()))
+    value = len(first) / len(code_N)
+    return Interval(value, max(0.0, value - half), min(1.0, value + half))
+
+
+def mean(value_S: Array, weights_RS: Array) -> Interval:
+    """Mean over sequences of one number a sequence."""
+    return Interval.of(weights_RS.astype(np.float64) @ value_S / len(value_S))
 
 
 def agreement(ids_SL: Array, other_SL: Array) -> tuple[float, float]:

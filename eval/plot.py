@@ -1,8 +1,10 @@
-"""report.png: perplexity at matched entropy against NFE, the frontiers behind it, and noise to text."""
+"""report.png: perplexity and MAUVE at matched entropy against forwards and wall time, the frontiers behind them, and noise to text."""
 
 from __future__ import annotations
 
+import functools
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from noise.storage import atomic_file
 
 Report = dict[str, Any]
 
-_COLOURS = ("#4c4c4c", "#c1272d", "#2a6fbb", "#e0912f", "#3d8c5c", "#7d5ba6")
+_COLOURS = ("#4c4c4c", "#c1272d", "#2a6fbb", "#e0912f", "#3d8c5c", "#7d5ba6", "#8c6d46", "#d16ba5")
 _MARKS = "osD^vP*X"
 
 
@@ -18,60 +20,77 @@ def draw(report: Report, path: Path) -> None:
     """Draw the report's panels into a PNG, atomically."""
     from matplotlib.figure import Figure
 
-    panels = 2 + (report["reconstruction"] is not None)
-    figure = Figure(figsize=(5.6 * panels, 4.6), dpi=110, layout="constrained")
-    axes = figure.subplots(1, panels)
+    panels = _panels(report)
+    across = 4 if len(panels) in (4, 7, 8) else min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(5.6 * across, 4.6 * down), dpi=110, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(report["systems"])}
-    _against_nfe(axes[0], report, colours)
-    _frontiers(axes[1], report, colours)
-    if report["reconstruction"] is not None:
-        _reconstruction(axes[2], report, colours)
+    for axis, panel in zip(axes, panels, strict=False):
+        panel(axis, report, colours)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     with atomic_file(path) as file:
         file.write(buffer.getvalue())
 
 
-def _against_nfe(axis: Any, report: Report, colours: dict[str, str]) -> None:
+def _panels(report: Report) -> list[Callable[[Any, Report, dict[str, str]], None]]:
+    near = bool(report["settings"]["mauve"]["featuriser"])
+    panels: list[Any] = [functools.partial(_matched, figure="perplexity", against="nfe")]
+    panels += [functools.partial(_matched, figure="perplexity", against="seconds")] if report["machine"] else []
+    panels.append(functools.partial(_frontiers, figure="perplexity"))
+    panels += [functools.partial(_matched, figure="mauve", against="nfe"), functools.partial(_frontiers, figure="mauve")] if near else []
+    panels += [_reconstruction, _by_position] if report["reconstruction"] is not None else []
+    return panels
+
+
+def _matched(axis: Any, report: Report, colours: dict[str, str], figure: str, against: str) -> None:
+    """At the entropy of real text, against forwards or seconds; a system that takes its own number is one point."""
     for name, system in report["systems"].items():
-        nfe = [int(key) for key in system["nfe"]]
-        matched = [at["matched"] for at in system["nfe"].values()]
-        axis.plot(nfe, [at["perplexity"]["value"] for at in matched], color=colours[name], label=name, zorder=3)
-        axis.fill_between(nfe, *([at["perplexity"][end] for at in matched] for end in ("low", "high")), color=colours[name], alpha=0.2, lw=0)
-        for x, at in zip(nfe, matched, strict=True):
-            face = colours[name] if at["position"] == "inside" else "white"
-            axis.plot(x, at["perplexity"]["value"], "o", color=colours[name], mfc=face, zorder=4)
+        at = [(_place(nfe, at, against), at["matched"]) for nfe, at in sorted(system["nfe"].items(), key=lambda pair: int(pair[0]))]
+        x = [place for place, _ in at]
+        axis.plot(x, [m[figure]["value"] for _, m in at], color=colours[name], label=name, zorder=3)
+        banded = len(x) > 1 and against == "nfe"  # more forwards may take less time, where the machine is busy
+        if banded:
+            axis.fill_between(x, *([m[figure][end] for _, m in at] for end in ("low", "high")), color=colours[name], alpha=0.2, lw=0)
+        for place, m in at:
+            low, high = (abs(m[figure][end] - m[figure]["value"]) for end in ("low", "high"))
+            face = colours[name] if m["position"] == "inside" else "white"
+            axis.errorbar(place, m[figure]["value"], None if banded else [[low], [high]], fmt="o", color=colours[name], mfc=face, zorder=4)
     for name, style in (("teacher", "--"), ("real", ":")):
-        if report[name] is not None:
-            axis.axhline(
-                report[name]["perplexity"]["value"],
-                color="black",
-                ls=style,
-                lw=1,
-                label="teacher's own samples" if name == "teacher" else "real text",
-            )
-    _nfe_axis(axis, report)
-    _log_perplexity(axis)
+        if report[name] is not None and figure in report[name]:
+            label = "teacher's own samples" if name == "teacher" else "real text"
+            axis.axhline(report[name][figure]["value"], color="black", ls=style, lw=1, label=label)
+    _nfe_axis(axis, report) if against == "nfe" else _seconds_axis(axis, report)
+    _value_axis(axis, figure)
     hollow = any(at["matched"]["position"] != "inside" for system in report["systems"].values() for at in system["nfe"].values())
-    axis.set_title("At the entropy of real text" + (" (hollow: nearest traced end)" if hollow else ""), fontsize=10)
+    what = "Perplexity" if figure == "perplexity" else "MAUVE"
+    axis.set_title(f"{what} at the entropy of real text" + (" (hollow: nearest traced end)" if hollow else ""), fontsize=10)
     axis.legend(fontsize=8, frameon=False)
 
 
-def _frontiers(axis: Any, report: Report, colours: dict[str, str]) -> None:
+def _place(nfe: str, at: dict[str, Any], against: str) -> float:
+    return float(nfe) if against == "nfe" else 1e3 * float(at["seconds"]["value"])
+
+
+def _frontiers(axis: Any, report: Report, colours: dict[str, str], figure: str) -> None:
+    keys = _all_nfe(report)
+    marks = {nfe: _MARKS[number % len(_MARKS)] for number, nfe in enumerate(keys)}
     for name, system in report["systems"].items():
-        for number, (nfe, at) in enumerate(system["nfe"].items()):
-            points = sorted((point["entropy"]["value"], point["perplexity"]["value"]) for point in at["points"])
-            mark = _MARKS[number % len(_MARKS)]
-            axis.plot(*zip(*points, strict=True), color=colours[name], marker=mark, ms=4, lw=1, alpha=0.85)
-            if name == report["settings"]["baseline"]:
-                axis.plot([], [], color="grey", marker=mark, ms=4, ls="", label=f"NFE {nfe}")
+        for nfe, at in system["nfe"].items():
+            points = sorted((point["entropy"]["value"], point[figure]["value"]) for point in at["points"])
+            axis.plot(*zip(*points, strict=True), color=colours[name], marker=marks[int(nfe)], ms=4, lw=1, alpha=0.85)
+    for nfe in keys:
+        axis.plot([], [], color="grey", marker=marks[nfe], ms=4, ls="", label=f"NFE {nfe}")
     axis.axvline(report["real"]["entropy"]["value"], color="black", ls=":", lw=1)
     for name, mark in (("real", "*"), ("teacher", "P")):
-        if report[name] is not None:
-            axis.plot(report[name]["entropy"]["value"], report[name]["perplexity"]["value"], mark, color="black", ms=9, ls="", label=name)
+        if report[name] is not None and figure in report[name]:
+            axis.plot(report[name]["entropy"]["value"], report[name][figure]["value"], mark, color="black", ms=9, ls="", label=name)
     axis.set_xlabel("token entropy, nats")
-    _log_perplexity(axis)
-    axis.set_title("Frontiers: perplexity bought with entropy", fontsize=10)
+    _value_axis(axis, figure)
+    axis.set_title("Frontiers: " + ("perplexity" if figure == "perplexity" else "MAUVE") + " against entropy", fontsize=10)
     axis.legend(fontsize=7, frameon=False)
 
 
@@ -87,20 +106,54 @@ def _reconstruction(axis: Any, report: Report, colours: dict[str, str]) -> None:
     axis.legend(fontsize=8, frameon=False)
 
 
+def _by_position(axis: Any, report: Report, colours: dict[str, str]) -> None:
+    for name, by_nfe in report["reconstruction_by_position"].items():
+        for nfe, style in ((min(by_nfe, key=int), "-"), (max(by_nfe, key=int), "--")):
+            parts = by_nfe[nfe]
+            x = [(part["first"] + part["last"]) / 2 for part in parts]
+            axis.plot(x, [part["share"]["value"] for part in parts], style, color=colours[name], label=f"{name}, NFE {nfe}")
+            if style == "-":
+                ends = ([part["share"][end] for part in parts] for end in ("low", "high"))
+                axis.fill_between(x, *ends, color=colours[name], alpha=0.15, lw=0)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("position in the row")
+    axis.set_ylabel("share of held-out tokens returned")
+    axis.set_title("Noise to text along the row", fontsize=10)
+    axis.legend(fontsize=7, frameon=False)
+
+
+def _all_nfe(report: Report) -> list[int]:
+    return sorted({int(nfe) for system in report["systems"].values() for nfe in system["nfe"]})
+
+
 def _nfe_axis(axis: Any, report: Report) -> None:
-    nfe = sorted(report["settings"]["nfe"])
+    nfe = _all_nfe(report)
     axis.set_xscale("log", base=2)
     axis.set_xticks(nfe, [str(value) for value in nfe])
     axis.minorticks_off()
     axis.set_xlabel("function evaluations (NFE)")
 
 
-def _log_perplexity(axis: Any) -> None:
+def _seconds_axis(axis: Any, report: Report) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel(f"ms a sequence on this machine, batches of {report['settings']['timing_rows']}")
+
+
+def _value_axis(axis: Any, figure: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.grid(alpha=0.25)
+    if figure == "mauve":
+        axis.set_ylim(0, 1.02)
+        axis.set_ylabel("MAUVE against real text")
+        return
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylabel("generative perplexity")
-    axis.grid(alpha=0.25)

@@ -9,12 +9,14 @@ Shapes: B rows, L positions, M masked positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from dataclasses import asdict
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from eval.metrics import Array
+from eval.blocks import sample_blocks
+from eval.metrics import Array, Interval
 from eval.sampler import Decoding, MaskedStudent, sample
 from noise.storage import DatasetError
 from trainer.data import Batch, NoiseDataset
@@ -44,7 +46,6 @@ def batches(dataset: NoiseDataset, wanted: int, size: int = 256) -> Iterator[Bat
         raise DatasetError(f"{dataset.folder}: no row fills its block of {dataset.block_length} positions; the held-out text is too short")
 
 
-@torch.inference_mode()
 def reconstruct(
     student: MaskedStudent,
     dataset: NoiseDataset,
@@ -56,19 +57,60 @@ def reconstruct(
     done: Callable[[int], None] = lambda rows: None,
 ) -> Array:
     """Share of each row's tokens that come back, float64 [S]. Raises DatasetError where the dataset has no noise."""  # fmt: skip
+    return shares(returned(student, dataset, rows, nfe, order, seed, device, done))
+
+
+@torch.inference_mode()
+def returned(
+    student: Any,
+    dataset: NoiseDataset,
+    rows: int,
+    nfe: int,
+    order: Literal["random", "confidence"],
+    seed: int,
+    device: str = "cpu",
+    done: Callable[[int], None] = lambda rows: None,
+) -> Array:
+    """Which tokens come back, int8 [S, L]: 1 or 0, -1 where a token is given.
+
+    A bd3lm student spends its nfe evenly on its blocks, one after the other. Raises DatasetError where the dataset has no noise.
+    """
     if dataset.extraction == "none":
         raise DatasetError(
             f"{dataset.folder} has tokens but no noise (extraction: none); reconstruction needs held-out rows extracted with the teacher"
         )
-    decoding = Decoding(nfe=nfe, output="argmax", order=order)
-    shares = []
+    found = []
     for batch in batches(dataset, rows):
         batch = batch.to(torch.device(device))
         valid_BL = batch.valid_BL
         ids_BL = batch.input_ids_BL.masked_fill(valid_BL, student.mask_id)
         where_M = (ids_BL == student.mask_id).flatten().nonzero()[:, 0]
         g_MV = batch.noise_at(where_M) if student.noise.kind != "none" else None
-        returned_BL = sample(student, ids_BL, batch.sequence_id_B, seed, decoding, g_MV)
-        shares.append((((returned_BL == batch.input_ids_BL) & valid_BL).sum(1).double() / valid_BL.sum(1)).cpu().numpy())
+        if hasattr(student, "block_size"):
+            decoding = Decoding(nfe=nfe // student.blocks, output="argmax", order=order)
+            returned_BL = sample_blocks(student, ids_BL, batch.sequence_id_B, seed, decoding, g_MV).ids_BL
+        else:
+            returned_BL = sample(student, ids_BL, batch.sequence_id_B, seed, Decoding(nfe=nfe, output="argmax", order=order), g_MV)
+        same_BL = (returned_BL == batch.input_ids_BL).to(torch.int8)
+        found.append(same_BL.masked_fill(~valid_BL, -1).cpu().numpy())
         done(len(ids_BL))
-    return np.concatenate(shares)
+    return np.concatenate(found)
+
+
+def shares(same_SL: Array) -> Array:
+    """Share of each row's tokens that came back, float64 [S]; 0 for a row in which all is given."""
+    return np.asarray((same_SL == 1).sum(1) / np.maximum((same_SL >= 0).sum(1), 1))
+
+
+def by_position(same_SL: Array, weights_RS: Array, most: int = 32) -> list[dict[str, Any]]:
+    """[{first, last, share: interval}]: share of tokens that came back at each position or, in long rows, in runs of equal length."""
+    length = same_SL.shape[1]
+    width = -(-(length - 1) // most)
+    parts = []
+    for first in range(1, length, width):
+        last = min(first + width, length) - 1
+        part_SW = same_SL[:, first : last + 1]
+        hits_R, all_R = (weights_RS.astype(np.float64) @ counted.sum(1) for counted in (part_SW == 1, part_SW >= 0))
+        if all_R[0]:  # a resample may hold no such token
+            parts.append({"first": first, "last": last, "share": asdict(Interval.of(hits_R / np.maximum(all_R, 1)))})
+    return parts

@@ -1,75 +1,39 @@
-"""Sample a masked student at any number of function evaluations (NFE), batched.
+"""Sample a masked student, batched, and count its function evaluations (NFE): forwards that were really made for a row.
 
-The unknown positions of each row are split as evenly as possible into NFE groups, and one forward reveals one group.
-The order is a random permutation per row, or, with order=confidence, the surest positions first.
+Each step makes one forward of the rows that reveal something in it, and reveals a group of their unknown positions
+(`Decoding.sampler`: how large a group, see schedules and adaptive; `Decoding.order`: which positions). A row that reveals
+nothing in a step is not run.
 
-Every random number is the noise stream's, so a seed names a sample for ever: draw 128 is the noise g that the student
-is given (drawn once a sequence, held through all steps), 129 the order, 130 the choice at the output. The same seed
-and sequence_id give the same tokens at any batch size, up to float rounding of the student's forward.
+Every random number is the noise stream's (see stream), so a seed names a sample for ever. The noise g is drawn once a
+sequence and held through all steps, or anew in each step with fresh_noise. The same seed and sequence_id give the same
+tokens at any batch size, up to float rounding of the student's forward.
 
-Shapes: B rows, L positions, M unknown positions at the start, N still masked, V vocabulary.
+Shapes: B rows, L positions, M unknown positions at the start, N still masked in the rows of a step, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from eval.adaptive import Auxiliary, accepted, target_scores
+from eval.decoding import Decoding, choose, restricted_log_probs
+from eval.schedules import confidence_rank, fixed_rank, known_after, reveal_times
+from eval.stream import NOISE_DRAW, OUTPUT_DRAW, step_seed, stream_uniform
 from noise import philox
-
-NOISE_DRAW = philox.SAMPLING_DRAW
-ORDER_DRAW = philox.SAMPLING_DRAW + 1
-OUTPUT_DRAW = philox.SAMPLING_DRAW + 2
-
-_ELEMENTS_AT_ONCE = 2**24  # probabilities turned into cumulative sums together
+from trainer.marginal import tempered
 
 
 class MaskedStudent(Protocol):
-    """What the sampler needs of a student; trainer.students.mdlm has it."""
+    """What the sampler needs of a student; trainer.students.mdlm has it. `logits` takes length_B where rows are padded."""
 
     vocab_size: int
     mask_id: int
     noise: Any
 
     def logits(self, ids_BL: Tensor, g_NV: Tensor | None) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are drawn. Raises ValueError for values that are out of range or would be ignored."""
-
-    nfe: int
-    """Function evaluations: forwards of the student for one row, 1 to the number of unknown positions."""
-    temperature: float = 1.0
-    """Divides the logits before sampling at the output."""
-    noise_temperature: float = 1.0
-    """Multiplies the noise that the student is given."""
-    nucleus: float = 1.0
-    """Sample from the smallest set of tokens with at least this probability."""
-    output: Literal["sample", "argmax"] = "sample"
-    """sample from the student's distribution, or take its most likely token (right where noise.readout made it the sample)."""
-    order: Literal["random", "confidence"] = "random"
-    """Which positions are revealed first."""
-
-    def __post_init__(self) -> None:
-        if self.nfe < 1:
-            raise ValueError(f"nfe is {self.nfe}; it must be at least 1")
-        for name in ("temperature", "noise_temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be above 0" + (" (output: argmax is temperature 0)" if name == "temperature" else "")
-                )
-        if not 0 < self.nucleus <= 1:
-            raise ValueError(f"nucleus is {self.nucleus}; it must be in (0, 1]")
-        if self.output not in ("sample", "argmax") or self.order not in ("random", "confidence"):
-            raise ValueError(f"output is {self.output!r} and order {self.order!r}; expected sample or argmax, and random or confidence")
-        if self.output == "argmax" and (self.temperature != 1 or self.nucleus != 1):
-            raise ValueError(
-                f"temperature {self.temperature} and nucleus {self.nucleus} do nothing to an argmax; leave them at 1 or set output to sample"
-            )
 
 
 def resolve_output(output: str, student: MaskedStudent) -> Literal["sample", "argmax"]:
@@ -94,87 +58,155 @@ def sampling_noise(seed: int, sequence_id_B: Tensor, unknown_BL: Tensor, vocab_s
     return philox.gumbel(philox.rows(seed, sequence_id_B[row_M], position_M, NOISE_DRAW), vocab_size)
 
 
+def sample(
+    student: MaskedStudent,
+    ids_BL: Tensor,
+    sequence_id_B: Tensor,
+    seed: int,
+    decoding: Decoding,
+    g_MV: Tensor | None = None,
+    length_B: Tensor | None = None,
+    auxiliary: Auxiliary | None = None,
+) -> Tensor:
+    """`sample_counted` without the counts: int64 [B, L]."""
+    return sample_counted(student, ids_BL, sequence_id_B, seed, decoding, g_MV, length_B, auxiliary)[0]
+
+
 @torch.inference_mode()
-def sample(student: MaskedStudent, ids_BL: Tensor, sequence_id_B: Tensor, seed: int, decoding: Decoding, g_MV: Tensor | None = None) -> Tensor:
-    """Fill the masked positions of int64 [B, L]; given tokens stay. Returns int64 [B, L].
+def sample_counted(
+    student: MaskedStudent,
+    ids_BL: Tensor,
+    sequence_id_B: Tensor,
+    seed: int,
+    decoding: Decoding,
+    g_MV: Tensor | None = None,
+    length_B: Tensor | None = None,
+    auxiliary: Auxiliary | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fill the masked positions of int64 [B, L]; given tokens stay. Returns (tokens int64 [B, L], NFE int64 [B]).
 
     g_MV: noise at the masked positions in row-major order, drawn from the stream's prior where it is not given.
+    length_B: valid positions, where rows are padded (with any token but the mask). auxiliary: the small model of adaptive.
     Raises ValueError for more function evaluations than unknown positions, and for settings that the student ignores.
     """
-    ids_BL = ids_BL.clone()
-    unknown_BL = ids_BL == student.mask_id
-    unknown_B = unknown_BL.sum(1)
-    if decoding.nfe > int(unknown_B.max()):
-        raise ValueError(f"nfe is {decoding.nfe} but no row has more than {int(unknown_B.max())} unknown positions; lower nfe")
-    if student.noise.kind == "none" and decoding.noise_temperature != 1:
+    _check(student, ids_BL, decoding, g_MV, auxiliary)
+    rows = _Rows(student, ids_BL, sequence_id_B, seed, decoding, g_MV, length_B)
+    if auxiliary is not None:
+        _adaptive(rows, auxiliary)
+    else:
+        _scheduled(rows)
+    return rows.ids_BL, rows.nfe_B
+
+
+def _check(student: MaskedStudent, ids_BL: Tensor, decoding: Decoding, g_MV: Tensor | None, auxiliary: Auxiliary | None) -> None:
+    most = int((ids_BL == student.mask_id).sum(1).max())
+    if decoding.sampler == "even" and decoding.nfe > most:
+        raise ValueError(f"nfe is {decoding.nfe} but no row has more than {most} unknown positions; lower nfe")
+    if student.noise.kind == "none" and (decoding.noise_temperature != 1 or decoding.fresh_noise):
         raise ValueError(
-            f"noise_temperature is {decoding.noise_temperature} but the student takes no noise (noise.kind: none); trace it by temperature"
+            f"noise_temperature is {decoding.noise_temperature} and fresh_noise {decoding.fresh_noise}, but the student takes no noise "
+            "(noise.kind: none); trace it by temperature"
         )
-    row_M, position_M = unknown_BL.nonzero(as_tuple=True)
-    if student.noise.kind != "none":
-        g_MV = sampling_noise(seed, sequence_id_B, unknown_BL, student.vocab_size) if g_MV is None else g_MV
-        g_MV = g_MV * decoding.noise_temperature if decoding.noise_temperature != 1 else g_MV
-    uniform_M = stream_uniform(philox.rows(seed, sequence_id_B[row_M], position_M, OUTPUT_DRAW))
-    rank_M = random_rank(seed, sequence_id_B, unknown_BL) if decoding.order == "random" else None
-    masked_M = torch.ones(len(row_M), dtype=torch.bool, device=ids_BL.device)
-    for step in range(decoding.nfe):
-        revealed_B = (unknown_B * (step + 1) + decoding.nfe - 1) // decoding.nfe  # how many are known once this step is done
-        at_N = masked_M.nonzero()[:, 0]
-        logits_NV = student.logits(ids_BL, None if g_MV is None else g_MV[at_N])
-        if rank_M is not None:
-            now_N = rank_M[at_N] < revealed_B[row_M[at_N]]
-        else:
-            masked_B = torch.bincount(row_M[at_N], minlength=len(ids_BL))
-            now_N = confidence_rank(logits_NV, row_M[at_N]) < (revealed_B - (unknown_B - masked_B))[row_M[at_N]]
-        at_now = at_N[now_N]
-        ids_BL[row_M[at_now], position_M[at_now]] = choose(logits_NV[now_N], uniform_M[at_now], decoding)
-        masked_M[at_now] = False
-    return ids_BL
+    if decoding.fresh_noise and g_MV is not None:
+        raise ValueError("fresh_noise is set, but the noise is given, once for all steps; drop one of them")
+    if (auxiliary is None) == (decoding.sampler == "adaptive"):
+        raise ValueError(
+            f"sampler is {decoding.sampler} {'with' if auxiliary else 'without'} a small causal LM; only adaptive takes one, and needs it"
+        )
+    if auxiliary is not None and auxiliary.vocab_size != student.vocab_size:
+        raise ValueError(f"the small causal LM has a vocabulary of {auxiliary.vocab_size}, the student of {student.vocab_size}; they must share one")
 
 
-def stream_uniform(rows_N5: Tensor) -> Tensor:
-    """One uniform in (0, 1) a row, float64 [N], from the word of entry 0."""
-    word_N = philox.words_at(rows_N5, torch.zeros(len(rows_N5), dtype=torch.int64, device=rows_N5.device))
-    return (word_N.to(torch.float64) + 0.5) * 2.0**-32
+class _Rows:
+    """Rows on their way: what is known, what is masked, the noise of each masked position, and the forwards made."""
+
+    def __init__(
+        self,
+        student: MaskedStudent,
+        ids_BL: Tensor,
+        sequence_id_B: Tensor,
+        seed: int,
+        decoding: Decoding,
+        g_MV: Tensor | None,
+        length_B: Tensor | None,
+    ):
+        self.student, self.decoding, self.seed, self.length_B = student, decoding, seed, length_B
+        self.ids_BL = ids_BL.clone()
+        unknown_BL = ids_BL == student.mask_id
+        self.unknown_B = unknown_BL.sum(1)
+        self.row_M, self.position_M = unknown_BL.nonzero(as_tuple=True)
+        self.sequence_id_M = sequence_id_B[self.row_M]
+        self.masked_M = torch.ones(len(self.row_M), dtype=torch.bool, device=ids_BL.device)
+        self.nfe_B = torch.zeros_like(self.unknown_B)
+        self.g_MV = None
+        if student.noise.kind != "none" and not decoding.fresh_noise:
+            self.g_MV = self._scaled(sampling_noise(seed, sequence_id_B, unknown_BL, student.vocab_size) if g_MV is None else g_MV)
+
+    def forward(self, step: int, moving_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(at int64 [N] into M, logits [N, V], noise [N, V] or None) of the masked positions of the rows that move in this step."""
+        at_N = (self.masked_M & moving_B[self.row_M]).nonzero()[:, 0]
+        g_NV = self._noise(at_N, step)
+        part: Any = slice(None) if bool(moving_B.all()) else moving_B
+        padded = {} if self.length_B is None else {"length_B": self.length_B[part]}
+        self.nfe_B += moving_B
+        return at_N, self.student.logits(self.ids_BL[part], g_NV, **padded), g_NV
+
+    def reveal(self, at_N: Tensor, token_N: Tensor) -> None:
+        self.ids_BL[self.row_M[at_N], self.position_M[at_N]] = token_N
+        self.masked_M[at_N] = False
+
+    def stream(self, draw: int, at_N: Tensor, seed: int | None = None) -> Tensor:
+        """Places in the stream of these positions: [N, 5]."""
+        return philox.rows(self.seed if seed is None else seed, self.sequence_id_M[at_N], self.position_M[at_N], draw)
+
+    def _noise(self, at_N: Tensor, step: int) -> Tensor | None:
+        if self.student.noise.kind == "none":
+            return None
+        if self.g_MV is not None:
+            return self.g_MV[at_N]
+        return self._scaled(philox.gumbel(self.stream(NOISE_DRAW, at_N, step_seed(self.seed, step)), self.student.vocab_size))
+
+    def _scaled(self, g_NV: Tensor) -> Tensor:
+        return tempered(g_NV, self.student.noise.kind, self.decoding.noise_temperature)
 
 
-def random_rank(seed: int, sequence_id_B: Tensor, unknown_BL: Tensor) -> Tensor:
-    """Each unknown position's place in its row's random permutation, row-major: int64 [M], 0 is revealed first."""
-    row_M, position_M = unknown_BL.nonzero(as_tuple=True)
-    return _rank_in_row(stream_uniform(philox.rows(seed, sequence_id_B[row_M], position_M, ORDER_DRAW)), row_M)
+def _scheduled(rows: _Rows) -> None:
+    """Reveal as many positions as the schedule says, those that the order puts first."""
+    decoding, row_M = rows.decoding, rows.row_M
+    time_M = reveal_times(rows.seed, rows.sequence_id_M, rows.position_M)
+    uniform_M = stream_uniform(rows.stream(OUTPUT_DRAW, torch.arange(len(row_M), device=row_M.device)))
+    rank_M = fixed_rank(decoding.order, time_M, row_M)
+    known_SB = known_after(decoding, rows.unknown_B, time_M, row_M)
+    group_SB = known_SB.diff(dim=0, prepend=torch.zeros_like(known_SB[:1]))
+    for step in (group_SB > 0).any(1).nonzero()[:, 0].tolist():
+        at_N, logits_NV, _ = rows.forward(step, group_SB[step] > 0)
+        row_N = row_M[at_N]
+        # a fixed rank counts from the row's start, the surest of the moment from what is known already
+        now_N = rank_M[at_N] < known_SB[step][row_N] if rank_M is not None else confidence_rank(logits_NV, row_N) < group_SB[step][row_N]
+        rows.reveal(at_N[now_N], choose(logits_NV[now_N], uniform_M[at_N[now_N]], decoding))
 
 
-def confidence_rank(logits_NV: Tensor, row_N: Tensor) -> Tensor:
-    """Places by falling probability of the best token among a row's masked positions: int64 [N]."""
-    return _rank_in_row(logits_NV.logsumexp(1) - logits_NV.amax(1), row_N)
+def _adaptive(rows: _Rows, auxiliary: Auxiliary) -> None:
+    """Adaptive parallel decoding: propose, let the target choose with the same noise, take the longest prefix on which they agree."""
+    step = 0
+    while bool(rows.masked_M.any()):
+        moving_B = torch.bincount(rows.row_M[rows.masked_M], minlength=len(rows.ids_BL)) > 0
+        at_N, logits_NV, g_NV = rows.forward(step, moving_B)
+        student_NV, shared_NV = _shared_noise(rows, at_N, logits_NV, g_NV)
+        token_N = student_NV.argmax(1)
+        where = rows.row_M[at_N], rows.position_M[at_N]
+        proposed_BL = rows.ids_BL.index_put(where, token_N)[moving_B]
+        flat_N = (moving_B.cumsum(0) - 1)[where[0]] * proposed_BL.shape[1] + where[1]
+        log_p_NV = torch.log_softmax(auxiliary.logits_of(proposed_BL, flat_N).float() / rows.decoding.temperature, -1)
+        target_N = target_scores(student_NV, log_p_NV + shared_NV, rows.decoding.student_weight).argmax(1)
+        taken_N = accepted(token_N, target_N, where[0])
+        rows.reveal(at_N[taken_N], token_N[taken_N])
+        step += 1
 
 
-def _rank_in_row(key_N: Tensor, row_N: Tensor) -> Tensor:
-    """Rank of each key among the keys of its row, ascending, ties by position: int64 [N]. row_N is ascending."""
-    by_key_N = torch.argsort(key_N, stable=True)
-    order_N = by_key_N[torch.argsort(row_N[by_key_N], stable=True)]
-    count_B = torch.bincount(row_N)
-    first_N = (torch.cumsum(count_B, 0) - count_B)[row_N]
-    rank_N = torch.empty_like(row_N)
-    rank_N[order_N] = torch.arange(len(row_N), device=row_N.device)
-    return rank_N - first_N
-
-
-def choose(logits_NV: Tensor, uniform_N: Tensor, decoding: Decoding) -> Tensor:
-    """One token a position, int64 [N]: the argmax, or the inverse of the distribution function at uniform_N."""
-    if decoding.output == "argmax":
-        return logits_NV.argmax(1)
-    size = max(1, _ELEMENTS_AT_ONCE // logits_NV.shape[1])
-    parts = zip(torch.split(logits_NV, size), torch.split(uniform_N, size), strict=True)
-    return torch.cat([_inverse_sample(part_NV.float() / decoding.temperature, u_N, decoding.nucleus) for part_NV, u_N in parts])
-
-
-def _inverse_sample(logits_NV: Tensor, uniform_N: Tensor, nucleus: float) -> Tensor:
-    p_NV = torch.softmax(logits_NV, 1, dtype=torch.float64)
-    index_NV = None
-    if nucleus < 1:
-        p_NV, index_NV = torch.sort(p_NV, dim=1, descending=True, stable=True)
-        p_NV = p_NV.masked_fill(p_NV.cumsum(1) - p_NV >= nucleus, 0.0)
-    cumulative_NV = p_NV.cumsum(1)
-    token_N1 = torch.searchsorted(cumulative_NV, uniform_N[:, None] * cumulative_NV[:, -1:], right=True).clamp_max(p_NV.shape[1] - 1)
-    return (token_N1 if index_NV is None else index_NV.gather(1, token_N1))[:, 0]
+def _shared_noise(rows: _Rows, at_N: Tensor, logits_NV: Tensor, g_NV: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(the student's scores s_D, the noise that is in them), both [N, V]."""
+    if rows.decoding.output == "sample":
+        h_NV = philox.gumbel(rows.stream(OUTPUT_DRAW, at_N), logits_NV.shape[1])
+        return restricted_log_probs(logits_NV, rows.decoding) + h_NV, h_NV
+    return logits_NV, g_NV if g_NV is not None and rows.student.noise.readout else torch.zeros_like(logits_NV)

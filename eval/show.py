@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eval.page import interval, matched_row
+from eval.page import columns, interval, matched_row
 
 
 def show_report(report: dict[str, Any], folder: Path) -> None:
     console = _console()
     table = Table(title="Generative perplexity at the entropy of real text (95% interval)")
     table.add_column("system")
-    for nfe in report["settings"]["nfe"]:
-        table.add_column(f"NFE {nfe}", justify="right")
-    for name, system in report["systems"].items():
-        table.add_row(*matched_row(name, system))
+    for head in columns(report):
+        table.add_column(head, justify="right")
+    for name in report["systems"]:
+        table.add_row(*matched_row(report, name))
     console.print(table)
     for name, label in (("teacher", "the teacher's own samples"), ("real", "real text")):
         if report[name] is not None:
@@ -30,7 +30,7 @@ def show_report(report: dict[str, Any], folder: Path) -> None:
         console.print(Text(line["sentence"], style="green" if line["below_one"] else ""), soft_wrap=True)
     for warning in report["warnings"]:
         console.print(Text(f"note: {warning}", style="yellow"), soft_wrap=True)
-    console.print(f"report: {folder / 'report.md'}\npicture: {folder / 'report.png'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}, {folder / 'report.md'}\npicture: {folder / 'report.png'}", highlight=False, soft_wrap=True)
 
 
 def _console() -> Console:

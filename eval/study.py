@@ -7,7 +7,7 @@ missing, so a rerun with every piece on disk loads no causal LM. Pieces live in 
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,19 @@ from torch import Tensor
 
 from eval import samples, tables
 from eval.causal import CausalLM, folder_identity, load_tokenizer, model_identity
-from eval.config import ReportConfig, System
+from eval.cautions import teacher_temperature
+from eval.config import ReportConfig
+from eval.decoding import Decoding
+from eval.features import Featuriser
 from eval.judge import Judge
+from eval.mauve import Histograms, compare
 from eval.metrics import Array, Scored
 from eval.progress import Progress
-from eval.reconstruct import full_rows, reconstruct
-from eval.sampler import Decoding, blank_rows, resolve_output, sample, sampling_noise
+from eval.reconstruct import full_rows, returned
+from eval.sampler import sampling_noise
+from eval.systems import Draw, Traced, check_nfe, draw_causal, draw_masked, is_free, load, resolved, trace
 from eval.tables import Request
+from eval.timing import REPEATS, machine, seconds
 from noise.storage import DatasetError, sha256_file
 from trainer.data import NoiseDataset
 from trainer.students import load_student
@@ -40,7 +46,7 @@ def load_masked(folder: str, device: str) -> Any:
     """An mdlm student. Raises DatasetError for a student of another kind."""
     student: Any = load_student(Path(folder), device=device)
     if student.config.kind != "mdlm":
-        raise DatasetError(f"{folder} holds a student of kind {student.config.kind}; the sampler reveals masked positions and takes kind mdlm")
+        raise DatasetError(f"{folder} holds a student of kind {student.config.kind}; masked positions are revealed by kind mdlm")
     return student
 
 
@@ -54,40 +60,16 @@ def sample_request(model: Any, decoding: dict[str, Any], seed: int, bos: int, le
 
 def draw_rows(student: Any, decoding: Decoding, seed: int, bos: int, device: str, sequence_id_B: Tensor, noise: Any = None) -> Tensor:
     """Rows of these sequence ids; `noise` may hand over noise that was drawn before."""
-    ids_BL = blank_rows(student, len(sequence_id_B), student.block_length, bos).to(device)
-    sequence_id_B = sequence_id_B.to(device)
-    g_MV = noise(sequence_id_B, ids_BL == student.mask_id) if noise is not None and student.noise.kind != "none" else None
-    return sample(student, ids_BL, sequence_id_B, seed, decoding, g_MV)
-
-
-@dataclass(frozen=True)
-class Traced:
-    """One point of one system's frontier."""
-
-    system: str
-    decoding: Decoding
-
-    @property
-    def name(self) -> str:
-        swept = f"-t{self.decoding.temperature:g}" if self.decoding.output == "sample" else ""
-        return f"{self.system}-nfe{self.decoding.nfe}{swept}-n{self.decoding.noise_temperature:g}"
-
-
-def trace(system: System, student: Any, nfe: int) -> list[Decoding]:
-    """The decodings that trace one system at one NFE. Raises ValueError for settings that this student would ignore."""
-    output = resolve_output(system.output, student)
-    if student.noise.kind == "none" and system.noise_temperatures != [1.0]:
-        raise ValueError(
-            f"{system.student} takes no noise (noise.kind: none) but has noise_temperatures {system.noise_temperatures}; trace it by temperatures"
-        )
-    return [Decoding(nfe, t, n, system.nucleus, output) for t in system.temperatures for n in system.noise_temperatures]
+    return draw_masked(student, decoding, seed, bos, device, sequence_id_B, noise)[0]
 
 
 class Study:
     """A report's inputs and pieces. Raises DatasetError or ValueError, before any work, for inputs that do not fit together."""
 
     def __init__(self, config: ReportConfig, show_progress: bool = True):
-        self.config, self.folder, self.device = config, Path(config.output), device_of(config.device)
+        self.config, self.left_out = resolved(config)
+        config = self.config
+        self.folder, self.device = Path(config.output), device_of(config.device)
         self.heldout = NoiseDataset(config.heldout)
         self.vocab_size = self.heldout.codec.vocab_size
         self.real_SL = full_rows(self.heldout, config.sequences)
@@ -96,31 +78,48 @@ class Study:
         self.identities = {name: folder_identity(Path(system.student)) for name, system in config.systems.items()}
         self.judge_identity = model_identity(config.judge)
         self.teacher_identity = model_identity(config.teacher) if config.teacher else None
-        self.points = [
-            Traced(name, d) for nfe in config.nfe for name, system in config.systems.items() for d in trace(system, self.students[name], nfe)
-        ]
+        self.points = [point for name, system in config.systems.items() for point in trace(name, system, self.students[name], config.nfe)]
         self._noise: dict[int, Tensor] = {}
+        self._lms: dict[str, CausalLM] = {}
         self.progress = Progress(self._work(), show_progress)
 
     def _student(self, name: str) -> Any:
-        student = load_masked(self.config.systems[name].student, self.device)
+        system = self.config.systems[name]
+        student = load(name, system, self.device)
         mine, theirs = (student.vocab_size, student.block_length), (self.vocab_size, self.heldout.block_length)
         if mine != theirs:
             raise DatasetError(
                 f"system {name}: its student has vocabulary {mine[0]} and block length {mine[1]}, the held-out dataset {self.heldout.folder} has "
                 f"{theirs[0]} and {theirs[1]}; compare students and text of one kind"
             )
-        if max(self.config.nfe) > student.block_length - 1:
-            raise ValueError(
-                f"nfe is {self.config.nfe}, but a block of {student.block_length} positions has {student.block_length - 1} unknown ones; lower nfe"
-            )
+        check_nfe(name, system, student, self.config.nfe)
         return student
 
     def _work(self) -> int:
         config = self.config
-        sampled = sum(point.decoding.nfe for point in self.points) + (2 if config.teacher else 0)
-        rebuilt = config.reconstruction_rows * len(config.systems) * sum(config.nfe) if self.heldout.extraction != "none" else 0
-        return config.sequences * (sampled + len(self.points) + 2) + rebuilt
+        features = 1 if config.mauve.featuriser else 0
+        sampled = sum(point.nfe or 2 for point in self.points) + (2 if config.teacher else 0)
+        timed = config.timing_rows * (REPEATS + 1) * sum(point.nfe or 2 for point in self.timed())
+        rebuilt = config.reconstruction_rows * sum(nfe for name in config.systems for nfe in self.rebuilt_at(name))
+        return config.sequences * (sampled + (1 + features) * (len(self.points) + 2)) + timed + rebuilt
+
+    def timed(self) -> list[Traced]:
+        """The points whose wall time stands for their system and number of forwards: the first of each."""
+        return list({(point.system, point.nfe): point for point in reversed(self.points)}.values())[::-1]
+
+    def rebuilt_at(self, name: str) -> list[int]:
+        """Numbers of forwards at which held-out rows are reconstructed: none where a system's number is its own, or the data have no noise."""
+        system, student = self.config.systems[name], self.students[name]
+        asked = system.nfe or self.config.nfe
+        if is_free(system, student) or self.heldout.extraction == "none":
+            return []
+        return [n for n in asked if n < student.block_length or student.config.kind == "bd3lm"]  # steps of a schedule may be more than positions
+
+    def lm(self, name: str) -> CausalLM:
+        """A causal LM, loaded once."""
+        if name not in self._lms:
+            self._lms[name] = CausalLM(name, self.device)
+        return self._lms[name]
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -137,7 +136,7 @@ class Study:
 
     @functools.cached_property
     def teacher(self) -> CausalLM:
-        teacher = CausalLM(self.config.teacher, self.device)
+        teacher = self.lm(self.config.teacher)
         if teacher.vocab_size != self.vocab_size:
             raise DatasetError(
                 f"teacher {self.config.teacher} has logits {teacher.vocab_size} wide, the dataset {self.vocab_size}; "
@@ -145,37 +144,89 @@ class Study:
             )
         return teacher
 
-    @property
-    def warnings(self) -> list[str]:
-        """What a reader of the report must know."""
-        found = []
-        if self._judge_made_the_noise():
-            found.append("The judge is the teacher that made the noise: it favours students of that noise. Use a causal LM of another seed or size.")
-        if len(self.real_SL) < self.config.sequences:
-            found.append(
-                f"Only {len(self.real_SL)} full rows of held-out text for {self.config.sequences} samples: "
-                "the entropy of real text is estimated from fewer tokens and a little too low."
-            )
-        return found
+    def draw(self, point: Traced, cached_noise: bool = True) -> Draw:
+        """What draws the rows of a point."""
+        config, student, decoding, bos = self.config, self.students[point.system], point.decoding, self.bos
+        system = config.systems[point.system]
+        if student.config.kind == "ar":
+            return lambda ids_B: draw_causal(self.lm(system.student), decoding, config.seed, bos, student.block_length, ids_B)
+        auxiliary = self.lm(system.auxiliary) if system.auxiliary else None
+        noise = self._cached_noise if cached_noise else None
+        return lambda ids_B: draw_masked(student, decoding, config.seed, bos, self.device, ids_B, noise, auxiliary)
 
-    def _judge_made_the_noise(self) -> bool:
-        weights = list(self.judge_identity.get("weights", {}).values())
-        if self.judge_identity == self.teacher_identity or (weights and weights == list((self.teacher_identity or {}).get("weights", {}).values())):
-            return True
-        teacher = self.heldout.manifest.identity.get("teacher")
-        return isinstance(teacher, dict) and weights == [teacher.get("weights_sha256")]
-
-    def sampled(self, point: Traced) -> Array:
-        """Tokens int32 [S, L] of a traced point."""
-        config, student, decoding = self.config, self.students[point.system], point.decoding
-        request = sample_request(self.identities[point.system], asdict(decoding), config.seed, self.bos, student.block_length, config.sequences)
+    def sampled(self, point: Traced) -> tuple[Array, Array]:
+        """(tokens int32 [S, L], forwards int32 [S]) of a traced point."""
+        config, student = self.config, self.students[point.system]
+        request = self._request(point)
         path = tables.piece(self.folder / "samples", point.name, request)
-        self.progress.begin(f"{point.system}, NFE {decoding.nfe}")
+        self.progress.begin(f"{point.system}, NFE {point.nfe or 'its own'}")
 
-        def draw(sequence_id_B: Tensor) -> Tensor:
-            return draw_rows(student, decoding, config.seed, self.bos, self.device, sequence_id_B, self._cached_noise)
+        def draw(sequence_id_B: Tensor) -> dict[str, Array]:
+            drawn = zip(("input_ids", "nfe"), self.draw(point)(sequence_id_B), strict=True)
+            return {name: column.cpu().numpy().astype(np.int32) for name, column in drawn}
 
-        return samples.obtain(path, request, config.sequences, config.batch, draw, self._counter(path, decoding.nfe))
+        columns = samples.obtain_columns(path, request, config.sequences, config.batch, draw, self._counter(path, point.nfe or 2))
+        # sets of an older version hold no counts; their samplers made what they were asked for
+        made_S = columns.get("nfe", np.full(config.sequences, point.nfe, np.int32))
+        assert columns["input_ids"].shape[1] == student.block_length
+        return columns["input_ids"], made_S
+
+    def _request(self, point: Traced) -> Request:
+        config, length = self.config, self.heldout.block_length
+        decoding = point.decoding.request()
+        if self.students[point.system].config.kind == "ar":
+            decoding = {name: value for name, value in decoding.items() if name in ("temperature", "nucleus", "top_k", "output")}
+        auxiliary = config.systems[point.system].auxiliary
+        if auxiliary:
+            decoding["auxiliary"] = model_identity(auxiliary)
+        return sample_request(self.identities[point.system], decoding, config.seed, self.bos, length, config.sequences)
+
+    def seconds(self, point: Traced) -> Array:
+        """Wall time of a sequence in a batch, float64 [repetitions], measured on this machine and kept for it."""
+        config = self.config
+        request = {**self._request(point), "rows": config.timing_rows, "machine": self.machine}
+        path = tables.piece(self.folder / "timing", point.name, request)
+        count = functools.partial(self._counter(path, point.nfe or 2), config.timing_rows * (REPEATS + 1))
+        if not path.exists():
+            self.progress.begin(f"{point.system}, wall time")
+            tables.write(path, {"seconds": seconds(self.draw(point, cached_noise=False), config.timing_rows, self.device)}, request)
+        count()
+        return tables.read(path)[0]["seconds"]
+
+    @functools.cached_property
+    def machine(self) -> dict[str, Any]:
+        return machine(self.device)
+
+    def mauve(self, name: str, ids_SL: Array) -> Histograms:
+        """MAUVE of a set against the real rows; kept by the hashes of both."""
+        settings = self.config.mauve
+        request = {
+            "real": tables.digest(self.real_SL), "ours": tables.digest(ids_SL), "tokenizer": self._tokenizer_identity,
+            "settings": asdict(settings) | {"featuriser": self._featuriser_identity},
+        }  # fmt: skip
+        path = tables.piece(self.folder / "mauve", name, request)
+        count = self._counter(path, 1)
+        if path.exists():
+            count(len(ids_SL))
+        else:
+            self.progress.begin(f"MAUVE of {name}")
+            ours_SD = self._featuriser.features(ids_SL, np.full(len(ids_SL), ids_SL.shape[1]), count)
+            found = compare(self._real_features, ours_SD, settings)
+            tables.write(path, {"real": found.real_K, "ours": found.ours_K, "value": np.full(len(found.real_K), found.value)}, request)
+        columns = tables.read(path)[0]
+        return Histograms(columns["real"], columns["ours"], float(columns["value"][0]))
+
+    @functools.cached_property
+    def _featuriser_identity(self) -> dict[str, Any]:
+        return model_identity(self.config.mauve.featuriser)
+
+    @functools.cached_property
+    def _featuriser(self) -> Featuriser:
+        return Featuriser(self.config.mauve.featuriser, self.tokenizer, self.vocab_size, self.device, self.config.mauve.pooling)
+
+    @functools.cached_property
+    def _real_features(self) -> Array:
+        return self._featuriser.features(self.real_SL, np.full(len(self.real_SL), self.real_SL.shape[1]))
 
     def teacher_samples(self) -> Array:
         """The teacher's own samples of the same noise, int32 [S, L]."""
@@ -207,23 +258,23 @@ class Study:
         return Scored(ids_SL, length_S, columns["nll"], columns["tokens"])
 
     def reconstructed(self, name: str, nfe: int) -> Array:
-        """Share of tokens that come back, float64 [S], of one system's student."""
+        """Which tokens come back, int8 [S, L] (see reconstruct.returned), of one system's student."""
         config = self.config
         request = {
-            "student": self.identities[name], "heldout": self.heldout.manifest.root_hash, "nfe": nfe,
+            "student": self.identities[name], "heldout": self.heldout.manifest.root_hash, "nfe": nfe, "columns": "returned",
             "rows": config.reconstruction_rows, "order": config.reconstruction_order, "seed": str(config.seed),
         }  # fmt: skip
         path = tables.piece(self.folder / "reconstruction", f"{name}-nfe{nfe}", request)
         count = self._counter(path, nfe)
         if path.exists():
             count(config.reconstruction_rows)
-            return tables.read(path)[0]["share"]
+            return tables.read(path)[0]["returned"]
         self.progress.begin(f"{name}, noise to text, NFE {nfe}")
-        share_S = reconstruct(
+        same_SL = returned(
             self.students[name], self.heldout, config.reconstruction_rows, nfe, config.reconstruction_order, config.seed, self.device, count
         )
-        tables.write(path, {"share": share_S}, request)
-        return share_S
+        tables.write(path, {"returned": same_SL}, request)
+        return same_SL
 
     def _counter(self, path: Path, units: int) -> Any:
         return functools.partial(self.progress.skip if path.exists() else self.progress.advance, each=units)
@@ -238,9 +289,3 @@ class Study:
         if self.config.sequences * self.heldout.block_length * self.vocab_size * 4 <= _NOISE_CACHE_BYTES:
             self._noise[first] = g_MV
         return g_MV
-
-
-def teacher_temperature(dataset: NoiseDataset) -> float:
-    """The temperature that the teacher's logits were divided by, from the dataset's identity; 1 where it names none."""
-    teacher = dataset.manifest.identity.get("teacher")
-    return float(teacher.get("temperature", 1.0)) if isinstance(teacher, dict) else 1.0

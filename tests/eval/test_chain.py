@@ -17,7 +17,8 @@ from eval.__main__ import main, parse
 from eval.chain import ChainConfig, build, limit_samples
 from eval.chain_figures import pair_distance
 from eval.chain_page import comparison_table, distance_table, markdown, matched_table, point_table
-from eval.markov import ExactMarginals, MarkovTeacher, write_dataset
+from eval.exact import write_dataset
+from eval.markov import ExactMarginals, MarkovTeacher
 from eval.metrics import agreement
 from eval.sampler import Decoding, blank_rows, sample
 from noise.posterior import posterior_gumbel
@@ -174,7 +175,7 @@ def test_students_differ_in_their_noise_alone(built):
 
 def test_running_again_draws_nothing_and_gives_the_same_report(built, monkeypatch):
     config, report = built
-    monkeypatch.setattr("eval.chain.draw_rows", None)
+    monkeypatch.setattr("eval.taught.draw_rows", None)
     monkeypatch.setattr("trainer.loop._Run", None)
     assert build(config) == report
 

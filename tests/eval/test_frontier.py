@@ -18,14 +18,14 @@ def test_between_points_log_perplexity_is_linear_in_entropy_whatever_their_order
     at = np.array([2.0, 2.5, 3.5])
     for order in ([0, 1, 2], [2, 0, 1]):
         found = match(curve([[2.0, 3.0, 4.0][k] for k in order], [[1.0, 2.0, 5.0][k] for k in order]), at)
-        assert found.log_perplexity_R.tolist() == pytest.approx([1.0, 1.5, 3.5])
+        assert found.value_R.tolist() == pytest.approx([1.0, 1.5, 3.5])
         assert found.position == "inside" and found.clamped == 0
 
 
 @pytest.mark.parametrize(("wanted", "position", "value"), [(1.0, "below", 7.0), (9.0, "above", 8.0)])
 def test_outside_the_traced_range_the_nearest_end_stands_and_is_marked(wanted: float, position: str, value: float) -> None:
     found = match(curve([2.0, 3.0], [7.0, 8.0]), np.full(3, wanted))
-    assert (found.position, found.clamped, found.log_perplexity_R[0]) == (position, 1.0, value)
+    assert (found.position, found.clamped, found.value_R[0]) == (position, 1.0, value)
 
 
 def test_replicates_that_leave_the_range_are_counted() -> None:
@@ -39,7 +39,7 @@ def test_one_point_matches_only_its_own_entropy() -> None:
 
 
 def test_points_of_equal_entropy_do_not_divide_by_zero() -> None:
-    assert np.isfinite(match(curve([2.0, 2.0], [7.0, 8.0]), np.full(3, 2.0)).log_perplexity_R).all()
+    assert np.isfinite(match(curve([2.0, 2.0], [7.0, 8.0]), np.full(3, 2.0)).value_R).all()
 
 
 def test_ratio_is_paired_replicate_by_replicate() -> None:

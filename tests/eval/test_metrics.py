@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.metrics import Interval, agreement, bootstrap_weights, distinct, log_perplexity, pooled_entropy, sequence_entropy
+from eval.metrics import Interval, agreement, bootstrap_weights, distinct, log_perplexity, mean, pooled_entropy, sequence_entropy
+from eval.repetition import looped, repeated, written
 from tests.eval.world import random_rows
 
 ROWS = np.array([[9, 1, 1, 2], [9, 1, 2, 2], [9, 3, 3, 9]])
@@ -23,24 +24,72 @@ def test_pooled_entropy_counts_tokens_after_bos_and_before_padding() -> None:
     assert pooled_entropy(ROWS, LENGTHS, ONE)[0] == pytest.approx(-(shares * np.log(shares)).sum())
 
 
-def test_sequence_entropy_is_the_mean_of_each_rows_own() -> None:
+def test_sequence_entropy_is_each_rows_own() -> None:
     each = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
-    assert sequence_entropy(ROWS, LENGTHS) == pytest.approx((each + each + 0.0) / 3)
+    assert sequence_entropy(ROWS, LENGTHS).tolist() == pytest.approx([each, each, 0.0])
 
 
 def test_distinct_n_counts_ngrams_inside_rows() -> None:
-    assert distinct(ROWS, LENGTHS, 1) == pytest.approx(3 / 8)
-    assert distinct(ROWS, LENGTHS, 2) == pytest.approx(4 / 5)  # 11 12 | 12 22 | 33
-    assert distinct(ROWS, LENGTHS, 3) == pytest.approx(2 / 2)  # 112 | 122
-    assert distinct(ROWS, LENGTHS, 5) == 0.0
+    assert distinct(ROWS, LENGTHS, 1).value == pytest.approx(3 / 8)
+    assert distinct(ROWS, LENGTHS, 2).value == pytest.approx(4 / 5)  # 11 12 | 12 22 | 33
+    assert distinct(ROWS, LENGTHS, 3).value == pytest.approx(2 / 2)  # 112 | 122
+    assert distinct(ROWS, LENGTHS, 5) == Interval(0.0, 0.0, 0.0)
 
 
 @given(st.integers(1, 3), st.integers(0, 5))
 def test_distinct_n_equals_a_set_of_tuples(n: int, seed: int) -> None:
     rows = random_rows(20, 7, seed) % 5
     length = np.random.default_rng(seed).integers(1, 8, 20)
-    grams = [tuple(row[t : t + n]) for row, last in zip(rows.tolist(), length, strict=True) for t in range(1, last - n + 1)]
-    assert distinct(rows, length, n) == pytest.approx(len(set(grams)) / len(grams) if grams else 0.0)
+    grams = _grams(rows, length, n)
+    assert distinct(rows, length, n).value == pytest.approx(_different(grams))
+    assert repeated(rows, length, n).tolist() == pytest.approx([1 - len(set(row)) / len(row) if row else 0.0 for row in grams])
+    without = np.array([_different(grams[:left_out] + grams[left_out + 1 :]) for left_out in range(20)])
+    half = 1.96 * np.sqrt(19 / 20 * ((without - without.mean()) ** 2).sum())
+    found = distinct(rows, length, n)
+    assert found.low == pytest.approx(max(0.0, found.value - half)) and found.high == pytest.approx(min(1.0, found.value + half))
+
+
+def _grams(rows: np.ndarray, length: np.ndarray, n: int) -> list[list[tuple[int, ...]]]:
+    return [[tuple(row[t : t + n]) for t in range(1, last - n + 1)] for row, last in zip(rows.tolist(), length, strict=True)]
+
+
+def _different(grams: list[list[tuple[int, ...]]]) -> float:
+    every = [gram for row in grams for gram in row]
+    return len(set(every)) / len(every) if every else 0.0
+
+
+def test_the_interval_of_distinct_n_covers_about_as_often_as_it_says() -> None:
+    random, p = np.random.default_rng(0), np.arange(1, 41) ** -1.0
+    drawn = random.choice(40, (200, 60, 11), p=p / p.sum())
+    found = [distinct(rows, np.full(60, 11), 2) for rows in drawn]
+    truth = np.mean([one.value for one in found])
+    assert 0.88 <= np.mean([one.low <= truth <= one.high for one in found]) <= 0.99
+
+
+def test_a_loop_is_three_copies_over_eight_tokens_or_more() -> None:
+    rows = {
+        (0, 7, 1, 2, 3, 1, 2, 3, 1, 2, 3, 8, 9): 9 / 12,  # a period of 3, three times
+        (0, 7, 1, 2, 3, 1, 2, 3, 1, 2, 8, 8, 9): 0.0,  # not quite
+        (0, 5, 5, 5, 5, 5, 5, 5, 5, 1, 2, 3, 4): 8 / 12,
+        (0, 5, 5, 5, 5, 5, 5, 5, 1, 2, 3, 4, 6): 0.0,  # seven tokens are no loop
+        (0, 1, 2, 1, 2, 1, 2, 1, 2, 9, 9, 9, 9): 8 / 12,
+        (4, 4, 4, 4, 4, 4, 4, 4, 1, 2, 3, 5, 6): 0.0,  # position 0 is given
+    }
+    ids = np.array(list(rows))
+    assert looped(ids, np.full(len(ids), 13)).tolist() == pytest.approx(list(rows.values()))
+    assert looped(ids[:1], np.array([10])).tolist() == [0.0]  # what is past the length does not count
+
+
+def test_a_text_is_as_long_as_its_tokens_before_an_end() -> None:
+    ids = np.array([[0, 5, 6, 1, 7, 1], [0, 5, 6, 7, 8, 9], [0, 0, 5, 6, 7, 8], [0, 5, 6, 7, 1, 1]])
+    tokens, ended = written(ids, np.array([6, 6, 6, 4]), {0, 1})
+    assert tokens.tolist() == [2, 5, 0, 3] and ended.tolist() == [True, False, True, False]
+
+
+def test_a_mean_over_sequences_is_the_bootstraps() -> None:
+    value, weights = np.array([1.0, 2.0, 6.0]), bootstrap_weights(3, 500, 1)
+    found = mean(value, weights)
+    assert found.value == 3.0 and (found.low, found.high) == tuple(np.quantile([np.average(value, weights=w) for w in weights[1:]], (0.025, 0.975)))
 
 
 def test_perplexity_pools_tokens_not_sequences() -> None:

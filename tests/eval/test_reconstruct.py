@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval.reconstruct import full_rows, reconstruct
+from eval.metrics import bootstrap_weights
+from eval.reconstruct import by_position, full_rows, reconstruct, returned, shares
 from noise import philox
 from noise.commit import commit_shard
 from noise.dataset import Manifest, Plan
@@ -50,6 +51,26 @@ def test_noise_helps_and_no_noise_guesses(tmp_path: Path) -> None:
     dataset = NoiseDataset(tmp_path / "rows")
     with_noise, without = (reconstruct(Oracle(kind), dataset, 99, 4, "random", seed=1).mean() for kind in ("gumbel", "none"))  # type: ignore[arg-type]
     assert with_noise > without + 0.1
+
+
+def test_positions_tell_where_the_text_comes_back(tmp_path: Path) -> None:
+    write_heldout(tmp_path / "rows", rows=100)
+    same = returned(Oracle(), NoiseDataset(tmp_path / "rows"), 99, 1, "random", seed=1)
+    assert same.shape == (99, LENGTH) and (same[:, 0] == -1).all() and set(np.unique(same[:, 1:])) == {0, 1}
+    parts = by_position(same, bootstrap_weights(99, 50, 1))
+    assert [(part["first"], part["last"]) for part in parts] == [(t, t) for t in range(1, LENGTH)]
+    first, *later = (part["share"] for part in parts)
+    assert first["low"] == first["value"] == 1  # only it follows a known token, BOS; the others are written as if they did
+    assert all(0 < share["low"] < share["value"] < share["high"] < 1 for share in later)
+    assert shares(same).mean() == pytest.approx(np.mean([part["share"]["value"] for part in parts]))
+
+
+def test_long_rows_are_told_in_runs_of_positions_and_given_tokens_are_left_out() -> None:
+    same = np.array([[-1, -1, -1, 1, 0, 1], [-1, -1, 1, 1, 1, 0]], np.int8)
+    parts = by_position(same, np.ones((1, 2)), most=2)
+    assert [(part["first"], part["last"], part["share"]["value"]) for part in parts] == [(1, 3, 1.0), (4, 5, 0.5)]
+    assert [part["first"] for part in by_position(same, np.ones((1, 2)))] == [2, 3, 4, 5]  # at position 1 both are given
+    assert shares(same).tolist() == pytest.approx([2 / 3, 3 / 4])
 
 
 def test_sequential_noise_is_the_prior_draw_that_wrote_the_text(tmp_path: Path) -> None:

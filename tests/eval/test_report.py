@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import json
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
-from eval import causal, judge, reconstruct, study
+from eval import causal, features, judge, reconstruct, systems
 from eval.__main__ import main, parse
 from eval.config import ReportConfig
-from tests.eval.world import write_causal, write_heldout, write_student, write_world
+from tests.eval.world import LENGTH, VOCAB, write_causal, write_heldout, write_student, write_world
+from trainer.config import NoiseConfig, StudentConfig
+from trainer.students import build, save_student
 
+PAGES = ("report.json", "report.md", "report.html", "report.png")
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+def write_heads(folder: Path) -> None:
+    """A student that drafts a few tokens by heads, and writes no row by itself."""
+    student = build(StudentConfig(kind="mtp", layers=1, hidden=16, heads=2, predict=2), VOCAB, LENGTH)
+    save_student(folder, student, student.state_dict(), {}, {})
+
+
+def write_blocks(folder: Path) -> None:
+    torch.manual_seed(7)
+    noise = NoiseConfig(kind="gumbel", input="replace", readout=True)
+    student = build(StudentConfig(kind="bd3lm", layers=2, hidden=16, heads=2, block_size=4, noise=noise), VOCAB, LENGTH)
+    save_student(folder, student, student.state_dict(), {"optim": {"steps": 77}}, {"dataset": "d", "root_hash": "cd", "identity": {"seed": "<99>"}})
 
 
 def recipe(world: Path, output: Path, **change: object) -> Path:
@@ -31,7 +50,7 @@ def recipe(world: Path, output: Path, **change: object) -> Path:
             "blind": {"student": str(world / "independent"), "temperatures": [0.5, 1.0, 2.0], "nucleus": 0.9},
         },
         "baseline": "plain", "control": "blind", "heldout": str(world / "heldout"), "judge": str(world / "judge"), "teacher": str(world / "teacher"),
-        "nfe": [1, 3], "sequences": 36, "batch": 16, "reconstruction_rows": 20, "replicates": 30, "device": "cpu", "shown": 2,
+        "nfe": [1, 3], "sequences": 36, "batch": 16, "reconstruction_rows": 20, "timing_rows": 0, "replicates": 30, "device": "cpu", "shown": 2,
     }  # fmt: skip
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**settings, **change}, sort_keys=False))
@@ -59,10 +78,17 @@ def test_report_holds_every_figure_with_its_interval(finished: Path) -> None:
             for point in at["points"]:
                 assert point["perplexity"]["low"] < point["perplexity"]["value"] < point["perplexity"]["high"]
                 assert point["entropy"]["value"] > 0 and point["sequences"] == 36 and 0 <= point["teacher_agreement"] <= 1
+                for name in ("sequence_entropy", "distinct_1", "distinct_2", "repeated_2", "repeated_4", "looped"):
+                    assert 0 <= point[name]["low"] <= point[name]["value"] <= point[name]["high"]
+                assert 0 <= point["length"]["mean"]["value"] <= 7 and point["length"]["quantiles"]["95%"] <= 7
     assert [(line["system"], line["against"], line["nfe"]) for line in report["comparisons"]] == [
         ("noisy", "plain", 1), ("noisy", "plain", 3), ("blind", "plain", 1), ("blind", "plain", 3), ("noisy", "blind", 1), ("noisy", "blind", 3),
     ]  # fmt: skip
     assert {name: list(by_nfe) for name, by_nfe in report["reconstruction"].items()} == {name: ["1", "3"] for name in ("plain", "noisy", "blind")}
+    positions = report["reconstruction_by_position"]["noisy"]["3"]
+    assert [part["first"] for part in positions] == list(range(1, 8))
+    assert np.mean([part["share"]["value"] for part in positions]) == pytest.approx(report["reconstruction"]["noisy"]["3"]["value"])
+    assert report["rejected"] == 0 and report["machine"] is None
     assert report["teacher"]["sequences"] == 36 and report["real"]["sequences"] == 36
     assert len(report["shown"]) == 2 and report["shown_nfe"] == 3 and report["shown"][0]["systems"]["noisy"].startswith("w")
 
@@ -75,14 +101,13 @@ def test_page_states_every_verdict_and_shows_the_picture(finished: Path) -> None
 
 
 def test_a_rerun_loads_no_causal_lm_and_samples_nothing(world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {name: (finished / name).read_bytes() for name in ("report.json", "report.md", "report.png")}
+    before = {name: (finished / name).read_bytes() for name in PAGES}
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this was done already")
 
-    monkeypatch.setattr(study, "sample", refuse)
-    monkeypatch.setattr(reconstruct, "sample", refuse)
-    monkeypatch.setattr(causal.CausalLM, "__init__", refuse)
+    for room, name in ((systems, "sample_counted"), (reconstruct, "sample"), (causal.CausalLM, "__init__")):
+        monkeypatch.setattr(room, name, refuse)
     assert run(recipe(world, finished)) == 0
     assert {name: (finished / name).read_bytes() for name in before} == before
 
@@ -92,7 +117,7 @@ def test_an_interrupted_report_continues_and_ends_equal(
     world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = {"sample": 0, "stop": stop_after}
-    real_sample = study.sample
+    real_sample = systems.sample_counted
 
     def counted(*args: object, **kwargs: object) -> object:
         if calls["sample"] == calls["stop"]:
@@ -100,7 +125,7 @@ def test_an_interrupted_report_continues_and_ends_equal(
         calls["sample"] += 1
         return real_sample(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(study, "sample", counted)
+    monkeypatch.setattr(systems, "sample_counted", counted)
     path = recipe(world, tmp_path / "out")
     assert run(path) == 130 and "the same command continues" in capsys.readouterr().err
     calls["stop"] = -1
@@ -142,10 +167,15 @@ def test_tokens_alone_give_a_report_without_reconstruction(world: Path, tmp_path
 
 def test_what_does_not_fit_is_one_clear_line_before_any_work(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_student(tmp_path / "ar", kind="ar")
+    write_heads(tmp_path / "heads")
     write_student(tmp_path / "short", length=5)
     write_causal(tmp_path / "wide", 1, vocab_size=30)
     cases: list[tuple[dict, str]] = [
-        ({"systems": {"plain": {"student": str(tmp_path / "ar")}}}, f"{tmp_path / 'ar'} holds a student of kind ar"),
+        ({"systems": {"plain": {"student": str(tmp_path / "heads")}}}, f"{tmp_path / 'heads'} holds a student of kind mtp"),
+        ({"systems": {"plain": {"student": str(tmp_path / "ar"), "noise_temperatures": [0.9]}}}, "an ar student writes one token a forward"),
+        ({"systems": {"plain": {"student": str(world / "plain"), "sampler": "first_hitting", "nfe": [3]}}}, "takes the forwards that it takes"),
+        ({"systems": {}, "students": str(tmp_path / "gone"), "baseline": ""}, "gone, which is not a folder"),
+        ({"systems": {}, "students": str(world / "teacher"), "baseline": ""}, "holds no student of kind mdlm, bd3lm, ar"),
         ({"systems": {"plain": {"student": str(tmp_path / "short")}}}, "block length 5"),
         ({"systems": {"plain": {"student": str(tmp_path / "none")}}}, "is not a student"),
         ({"systems": {"plain": {"student": str(world / "plain"), "noise_temperatures": [0.9]}}}, "takes no noise"),
@@ -169,6 +199,11 @@ def test_settings_that_contradict_each_other_are_refused(world: Path, tmp_path: 
         ({"control": "plain"}, "baseline and control are both 'plain'"),
         ({"nfe": [2, 2]}, "each once"),
         ({"sequences": 1}, "sequences is 1"),
+        ({"systems": {}}, "name the systems, or a folder of students"),
+        ({"systems": {"plain": {"student": "x", "nuclei": [0.8, 0.9], "temperatures": [0.5, 1.0]}}}, "several temperatures and several nuclei"),
+        ({"systems": {"plain": {"student": "x", "nuclei": [0.8, 0.9], "nucleus": 0.9}}}, "nuclei stand in its place"),
+        ({"systems": {"plain": {"student": "x", "sampler": "adaptive"}}}, "adaptive needs a small causal LM"),
+        ({"mauve": {"clusters": 1}}, "give 2 clusters or more"),
     ]:
         assert _status(recipe(world, tmp_path / "out", **change)) != 0
         assert message in capsys.readouterr().err
@@ -179,6 +214,100 @@ def _status(path: Path) -> int:
         return run(path)
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+class _Page(HTMLParser):
+    """Checks that tags nest, and collects text and everything that is loaded or linked."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.elsewhere, self.text = [], [], ""
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.elsewhere += [value for name, value in attrs if name in ("src", "href") and not value.startswith("data:image/png;base64,")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_all_students_of_a_folder_stand_beside_ar_with_mauve_and_wall_time(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    students = tmp_path / "students"
+    for name in ("plain", "gumbel"):
+        shutil.copytree(world / name, students / name)
+    write_student(students / "ar", kind="ar", seed=5)
+    write_blocks(students / "blocks")
+    write_heads(students / "heads")
+    change = {
+        "systems": {}, "students": str(students), "baseline": "", "control": "", "nfe": [1, 2, 4], "timing_rows": 4, "sequences": 30,
+        "mauve": {"featuriser": str(world / "judge")},
+    }  # fmt: skip
+    path = recipe(world, tmp_path / "out", **change)
+    assert run(path) == 0
+    assert "its own NFE" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {name: list(system["nfe"]) for name, system in report["systems"].items()} == {
+        "ar": ["7"], "blocks": ["2", "4"], "gumbel": ["1", "2", "4"], "plain": ["1", "2", "4"],
+    }  # fmt: skip
+    assert report["settings"]["baseline"] == "plain" and any("heads is a student of kind mtp" in line for line in report["warnings"])
+    assert set(report["reconstruction"]) == {"blocks", "gumbel", "plain"}
+    pairs = [(line["system"], line["against"], line["nfe"], line["against_nfe"]) for line in report["comparisons"]]
+    assert ("blocks", "plain", 2, 2) in pairs and ("plain", "ar", 4, 7) in pairs and not any(pair[0] == "ar" for pair in pairs)
+    for name, system in report["systems"].items():
+        for nfe, at in system["nfe"].items():
+            assert 0 < at["seconds"]["low"] <= at["seconds"]["value"] <= at["seconds"]["high"] and at["matched"]["mauve"] is not None
+            for point in at["points"]:
+                assert 0 <= point["mauve"]["low"] <= point["mauve"]["value"] <= point["mauve"]["high"] <= 1
+                assert point["forwards"] == {"mean": float(nfe), "least": int(nfe), "most": int(nfe)}, name
+    page = _Page((tmp_path / "out" / "report.html").read_text())
+    assert not page.elsewhere and report["shown"][0]["systems"]["plain"] in page.text
+    for said in ('"steps": 77', '"seed": "<99>"', "3 clusters", "30 samples against 30 rows", "scale 5", report["machine"]["name"]):
+        assert said in page.text, said
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in PAGES}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("this was done already")
+
+    for room, name in ((systems, "sample_counted"), (systems, "sample_blocks"), (causal.CausalLM, "__init__"), (features.Featuriser, "__init__")):
+        monkeypatch.setattr(room, name, refuse)
+    assert run(path) == 0 and {name: (tmp_path / "out" / name).read_bytes() for name in PAGES} == before
+
+
+def test_settings_of_a_system_reach_its_samples(world: Path, tmp_path: Path) -> None:
+    plain, gumbel, small = str(world / "plain"), str(world / "gumbel"), str(world / "judge")
+    named = {
+        "nuclei": {"student": plain, "nuclei": [0.1, 0.9]}, "one": {"student": plain, "top_k": 1}, "argmax": {"student": plain, "output": "argmax"},
+        "held": {"student": gumbel}, "fresh": {"student": gumbel, "fresh_noise": True}, "hits": {"student": plain, "sampler": "first_hitting"},
+        "steps": {"student": plain, "sampler": "ancestral"}, "few": {"student": plain, "sampler": "adaptive", "auxiliary": small},
+        "surest": {"student": plain, "order": "confidence"}, "ar": {"student": str(tmp_path / "ar"), "top_k": 1},
+    }  # fmt: skip
+    write_student(tmp_path / "ar", kind="ar", seed=5)
+    path = recipe(
+        world, tmp_path / "out", systems=named, baseline="nuclei", control="", nfe=[3], teacher="", sequences=32, shown=1, reconstruction_rows=0
+    )
+    assert run(path) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = {name: [point for at in system["nfe"].values() for point in at["points"]] for name, system in report["systems"].items()}
+    entropy = {name: points[-1]["entropy"]["value"] for name, points in found.items()}
+    assert [point["nucleus"] for point in found["nuclei"]] == [0.1, 0.9] and found["nuclei"][0]["entropy"]["value"] < entropy["nuclei"]
+    text = report["shown"][0]["systems"]
+    assert entropy["one"] == entropy["argmax"] and text["one"] == text["argmax"] and text["surest"] != text["nuclei"]
+    assert text["held"] != text["fresh"] and entropy["ar"] > 0
+    assert {name for name, system in report["systems"].items() if system["free"]} == {"hits", "few", "ar"}
+    assert found["hits"][0]["forwards"] == found["ar"][0]["forwards"] == {"mean": 7.0, "least": 7, "most": 7}
+    made = found["few"][0]["forwards"]
+    assert 1 <= made["least"] < made["mean"] < made["most"] <= 7 and list(report["systems"]["few"]["nfe"]) == [str(round(made["mean"]))]
+    assert found["steps"][0]["forwards"]["least"] < 3  # steps in which nothing is revealed cost nothing
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "temperature 1, nucleus 0.9" in page and "fresh noise" in page and f"({made['mean']:.4g} made)" in page
 
 
 def test_an_unknown_key_ends_with_status_2(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,3 +343,5 @@ def test_the_demos_recipe_is_understood() -> None:
     command, config = parse(["report", "--config", str(RECIPES / "demo_report.yaml"), "--nfe", "[1, 2]", "--systems.mdlm.temperatures", "[1.0]"])
     assert command == "report" and isinstance(config, ReportConfig)
     assert config.nfe == [1, 2] and config.systems["mdlm"].temperatures == [1.0] and config.baseline in config.systems
+    _, quality = parse(["report", "--config", str(RECIPES / "demo_quality.yaml")])
+    assert quality.students and quality.mauve.featuriser and not quality.systems

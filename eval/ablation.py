@@ -1,0 +1,220 @@
+"""What each part of a student is worth: students that differ in one thing, on the same data, over several seeds.
+
+    python -m eval ablation --config recipes/demo_ablation.yaml
+
+Each group has a baseline; a student's figure is its perplexity over the baseline's of the same seed, both read at the entropy of real
+text, at each number of function evaluations (NFE). Students of a group that draws tokens by heads are read from their held-out figures
+instead. Every student, sample set and score is a file: interrupted at any moment, the same command continues.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from eval.config import ReportConfig, System
+from eval.taught import make_all
+from trainer.config import TrainConfig
+
+Report = dict[str, Any]
+
+
+@dataclass
+class Variant:
+    """One student: what of the group's recipe it changes, and how it is traced."""
+
+    set: dict[str, Any] = field(default_factory=dict)
+    """Dotted settings of the trainer that differ from the group's recipe."""
+    temperatures: list[float] = field(default_factory=lambda: [0.8, 0.95, 1.1])
+    """Traces the frontier of a student that samples at its output."""
+    noise_temperatures: list[float] = field(default_factory=lambda: [1.0])
+    """Traces the frontier of a student whose noise is the sample."""
+    output: Literal["auto", "sample", "argmax"] = "auto"
+    """As in `eval report`."""
+    about: str = ""
+    """What it is, in the table's words; empty: its name."""
+
+
+@dataclass
+class Group:
+    """Students that are compared with one of them."""
+
+    recipe: str
+    """Recipe of the trainer that all start from."""
+    baseline: str
+    """The student that the others are compared with."""
+    students: dict[str, Variant]
+    """Name -> what it changes."""
+    measure: Literal["perplexity", "heldout"] = "perplexity"
+    """perplexity: of samples, at matched entropy. heldout: the figures that the trainer printed last, for students that draft."""
+    nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Function evaluations of a row."""
+    figures: list[str] = field(default_factory=list)
+    """heldout: which figures of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.baseline not in self.students:
+            raise ValueError(f"baseline is {self.baseline!r}, which is not among the students: {', '.join(self.students)}")
+        if (self.measure == "heldout") != bool(self.figures):
+            raise ValueError(f"measure is {self.measure} and figures {self.figures}; heldout needs figures, perplexity reads none")
+
+
+@dataclass
+class AblationConfig:
+    """Groups of students, trained and compared over seeds."""
+
+    output: str
+    """Folder of students, samples, scores and ablation.json."""
+    groups: dict[str, Group]
+    """Name -> students."""
+    heldout: str
+    """Held-out rows: the text whose entropy is matched."""
+    judge: str
+    """Causal LM that scores the samples; not the teacher."""
+    page: str = ""
+    """Markdown file for the tables; empty: ablation.md in output."""
+    title: str = "Ablation"
+    """Its first line."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2])
+    """Each names initial weights, order, masks and samples of one whole repetition."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Dotted settings of the trainer for all students, over their recipes: fewer steps, another dataset."""
+    sequences: int = 512
+    """Sequences behind each figure."""
+    workers: int = 0
+    """Students trained at a time, each with one thread; 0: one a core, one where there is a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; give at least one, each once")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    def student(self, group: str, name: str, seed: int) -> Path:
+        return self.folder / f"seed-{seed}" / "students" / f"{group}-{name}"
+
+
+def training(config: AblationConfig, group: str, name: str, seed: int) -> TrainConfig:
+    """One student's run: its group's recipe, the settings of all, its own, in this order."""
+    from trainer.__main__ import parse
+
+    of = config.groups[group]
+    changed = config.settings | of.students[name].set | {"output": str(config.student(group, name, seed)), "seed": seed, "device": config.device}
+    return parse(["--config", of.recipe, *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items())])
+
+
+def build(config: AblationConfig) -> Report:
+    """Make what is missing and compute every figure. Raises ValueError, before any work, for a recipe or setting that is not one."""
+    from trainer.loop import train
+
+    places = [(group, name) for group, of in config.groups.items() for name in of.students]
+    jobs = {f"{group} {name}, seed {seed}": training(config, group, name, seed) for seed in config.seeds for group, name in places}
+    make_all({name: partial(train, job) for name, job in jobs.items()}, config.workers, config.device)
+    groups = {name: _perplexities(config, name) if of.measure == "perplexity" else _heldout(config, name) for name, of in config.groups.items()}
+    found = {}
+    for name, students in groups.items():
+        baseline = config.groups[name].baseline
+        optim = training(config, name, baseline, config.seeds[0]).optim
+        found[name] = {"baseline": baseline, "steps": optim.steps, "rows": optim.global_batch, "students": students}
+    return {"seeds": config.seeds, "sequences": config.sequences, "groups": found}
+
+
+def _perplexities(config: AblationConfig, group: str) -> dict[str, Any]:
+    """Student -> {about, columns: {NFE: {values by seed, mean, low, high, matched}}}: ratios to the baseline, and the baseline's own figures."""
+    from eval.report import build as build_report
+
+    of = config.groups[group]
+    reports = [build_report(_report_config(config, group, seed)) for seed in config.seeds]
+    found: dict[str, Any] = {}
+    for name, variant in of.students.items():
+        columns = {}
+        for nfe in map(str, of.nfe):
+            at = [report["systems"][name]["nfe"][nfe]["matched"] for report in reports]
+            base = [report["systems"][of.baseline]["nfe"][nfe]["matched"] for report in reports]
+            own = [one["perplexity"]["value"] for one in at]
+            values = own if name == of.baseline else [ours / theirs["perplexity"]["value"] for ours, theirs in zip(own, base, strict=True)]
+            inside = all(one["position"] == "inside" for one in (*at, *base))
+            columns[f"NFE {nfe}"] = _spread(values) | {"matched": inside}
+        found[name] = {"about": variant.about or name, "columns": columns}
+    return found
+
+
+def _report_config(config: AblationConfig, group: str, seed: int) -> ReportConfig:
+    of = config.groups[group]
+    systems = {
+        name: System(str(config.student(group, name, seed)), variant.temperatures, variant.noise_temperatures, output=variant.output)
+        for name, variant in of.students.items()
+    }
+    return ReportConfig(
+        output=str(config.folder / f"seed-{seed}"), systems=systems, baseline=of.baseline, heldout=config.heldout, judge=config.judge, nfe=of.nfe,
+        sequences=config.sequences, reconstruction_rows=0, timing_rows=0, shown=0, replicates=200, seed=seed, device=config.device,
+    )  # fmt: skip
+
+
+def _heldout(config: AblationConfig, group: str) -> dict[str, Any]:
+    """Student -> {about, columns: {figure: {values by seed, mean, low, high}}}, as the trainer measured it last."""
+    of = config.groups[group]
+    found = {}
+    for name, variant in of.students.items():
+        last = [_last(config.student(group, name, seed) / "metrics.jsonl") for seed in config.seeds]
+        columns = {figure: _spread([figures[f"heldout/{figure}"] for figures in last]) | {"matched": True} for figure in of.figures}
+        found[name] = {"about": variant.about or name, "columns": columns}
+    return found
+
+
+def _last(path: Path) -> dict[str, float]:
+    """The last held-out figures of a run."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    found: dict[str, float] = [line for line in lines if any(name.startswith("heldout/") for name in line)][-1]
+    return found
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    """Geometric mean over seeds, and the seeds' extremes."""
+    return {"values": values, "mean": math.exp(fmean(map(math.log, values))), "low": min(values), "high": max(values)}
+
+
+def markdown(config: AblationConfig, built: Report) -> str:
+    """The tables, and how to read them."""
+    seeds = ", ".join(map(str, built["seeds"]))
+    lines = [
+        f"# {config.title}",
+        "",
+        f"Made by `python -m eval ablation`; every value is in `{config.folder / 'ablation.json'}`. Seeds {seeds}: geometric mean, and extremes in",
+        "brackets. Students of a table differ in what the first column names and in nothing else.",
+    ]
+    for name, of in config.groups.items():
+        group = built["groups"][name]
+        lines += ["", f"## {name}", "", _reading(config, of, group), ""]
+        heads = list(group["students"][of.baseline]["columns"])
+        lines += ["| student | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        for student in (group["students"][name] for name in of.students):
+            lines.append(f"| {student['about']} | " + " | ".join(_cell(student["columns"][head]) for head in heads) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _reading(config: AblationConfig, of: Group, group: Report) -> str:
+    trained = f"{group['steps']:,} steps of {group['rows']} rows, {of.recipe}."
+    if of.measure == "heldout":
+        return f"Held-out figures, with the posterior noise of the text where the student takes noise. {trained}"
+    return (
+        f"Perplexity under the judge at the entropy of held-out text, {config.sequences} sequences. The baseline's row is perplexity; the others are "
+        f"over the baseline's of the same seed: below 1 is better. † where a frontier does not reach that entropy: its nearest end. {trained}"
+    )
+
+
+def _cell(found: dict[str, Any]) -> str:
+    digits = 1 if found["mean"] >= 10 else 3
+    text = f"{found['mean']:.{digits}f}"
+    if len(found["values"]) > 1:
+        text += f" ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+    return text + ("" if found["matched"] else " †")

@@ -1,0 +1,186 @@
+"""Everything that can fill a row's blanks, behind one interface: a masked student, a block diffusion student, or a causal LM.
+
+A writer is called with given tokens int64 [B, L] (BLANK where one is to be written), lengths and sequence ids, and
+returns (tokens int64 [B, L], lengths int64 [B], NFE int64 [B]): a row may end early, and took so many forwards.
+Shapes: B rows, L positions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from eval.blocks import check_blocks, sample_blocks
+from eval.causal import CausalLM, folder_identity, model_identity
+from eval.config import SampleConfig
+from eval.decoding import Decoding
+from eval.prompts import BLANK, Prompts, prefix_lengths
+from eval.sampler import resolve_output, sample_counted
+from eval.study import device_of, load_masked
+from noise.storage import DatasetError, read_json
+from trainer.students import load_student
+
+DEFAULT_NFE = 8
+
+
+class Writer(Protocol):
+    vocab_size: int
+    longest: int
+    """positions of a row, at most"""
+    identity: dict[str, Any]
+    """the model, for a request"""
+    tokenizer: str
+    """folder or hub id; empty where it has none"""
+    asked: int
+    """forwards that were asked for; 0 where the writer takes what it takes"""
+    label: str
+    """how it writes, for people"""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the tokens besides the model, for a request."""
+
+    def prepare(self, prompts: Prompts) -> None:
+        """Told all prompts before the first row. Raises ValueError for those that it cannot fill."""
+
+    def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def writer(config: SampleConfig) -> Writer:
+    """The student of a config, loaded. Raises DatasetError or ValueError for what cannot be loaded or would be ignored."""
+    folder = Path(config.student)
+    about = read_json(folder / "student.json") if (folder / "student.json").exists() else None
+    if about is None and not (folder / "config.json").exists() and folder.is_dir():
+        raise DatasetError(f"{folder} is neither a student (student.json) nor a causal LM (config.json); train one with `python -m trainer`")
+    kind = about.get("kind") if about else "ar"
+    if kind == "bd3lm":
+        return BlockWriter(config)
+    if config.eos >= 0 or config.keep_blocks:
+        raise ValueError(f"eos is {config.eos} and keep_blocks {config.keep_blocks}, but {config.student} does not write in blocks; drop them")
+    return CausalWriter(config, about) if kind == "ar" else MaskedWriter(config)
+
+
+class MaskedWriter:
+    """A masked student with its sampler."""
+
+    def __init__(self, config: SampleConfig):
+        self.device, self.seed, self.padded = device_of(config.device), config.seed, False
+        self.student = load_masked(config.student, self.device)
+        nfe = config.nfe or (DEFAULT_NFE if config.sampler in ("even", "ancestral") else 0)
+        self.decoding = Decoding(
+            nfe, config.temperature, config.noise_temperature, config.nucleus, resolve_output(config.choose, self.student), config.order,
+            config.top_k, config.sampler, config.fresh_noise, config.student_weight,
+        )  # fmt: skip
+        if bool(config.auxiliary) != (config.sampler == "adaptive"):
+            raise ValueError(
+                f"sampler is {config.sampler} and auxiliary {config.auxiliary!r}; adaptive needs a small causal LM, the others take none"
+            )
+        self.auxiliary = CausalLM(config.auxiliary, self.device) if config.auxiliary else None
+        self.vocab_size, self.longest, self.asked = self.student.vocab_size, self.student.block_length, nfe
+        self.label = config.sampler + (f"-nfe{nfe}" if nfe else "")
+        self.identity = folder_identity(Path(config.student))
+        self.tokenizer = _trained_tokenizer(self.student.provenance)
+
+    def settings(self) -> dict[str, Any]:
+        return {**self.decoding.request(), **({"auxiliary": self.auxiliary.identity} if self.auxiliary else {})}
+
+    def prepare(self, prompts: Prompts) -> None:
+        self.padded = prompts.padded
+        most = int((prompts.given_PL == BLANK).sum(1).max())
+        if self.decoding.sampler == "even" and self.decoding.nfe > most:
+            raise ValueError(f"nfe is {self.decoding.nfe} but no row has more than {most} unknown positions; lower nfe")
+
+    def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ids_BL, nfe_B = sample_counted(
+            self.student,
+            given_BL.masked_fill(given_BL == BLANK, self.student.mask_id).to(self.device),
+            sequence_id_B.to(self.device),
+            self.seed,
+            self.decoding,
+            length_B=length_B.to(self.device) if self.padded else None,
+            auxiliary=self.auxiliary,
+        )
+        return ids_BL, length_B, nfe_B
+
+
+class BlockWriter:
+    """A bd3lm student, block after block with a KV cache, to any length."""
+
+    def __init__(self, config: SampleConfig):
+        self.device, self.seed, self.padded = device_of(config.device), config.seed, False
+        self.student = _load(config.student, self.device)
+        if config.auxiliary:
+            raise ValueError(f"auxiliary is {config.auxiliary!r}, but a bd3lm student is sampled within blocks, without a small model; drop it")
+        nfe = config.nfe or (self.student.block_size if config.sampler in ("even", "ancestral") else 0)
+        self.decoding = Decoding(
+            nfe, config.temperature, config.noise_temperature, config.nucleus, resolve_output(config.choose, self.student), config.order,
+            config.top_k, config.sampler, config.fresh_noise, config.student_weight,
+        )  # fmt: skip
+        self.eos, self.keep = config.eos if config.eos >= 0 else None, config.keep_blocks or None
+        self.vocab_size, self.longest, self.asked = self.student.vocab_size, max(config.length, self.student.block_length), 0
+        self.label = f"blocks-{config.sampler}" + (f"-nfe{nfe}" if nfe else "")
+        self.identity = folder_identity(Path(config.student))
+        self.tokenizer = _trained_tokenizer(self.student.provenance)
+
+    def settings(self) -> dict[str, Any]:
+        return {**self.decoding.request(), "block_size": self.student.block_size, "eos": self.eos, "keep_blocks": self.keep}
+
+    def prepare(self, prompts: Prompts) -> None:
+        self.padded = prompts.padded
+        self.asked = self.decoding.nfe * -(-prompts.given_PL.shape[1] // self.student.block_size)
+        given_PL = prompts.given_PL.masked_fill(prompts.given_PL == BLANK, self.student.mask_id)
+        check_blocks(self.student, given_PL, self.decoding, None, self.keep)
+
+    def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        written = sample_blocks(
+            self.student,
+            given_BL.masked_fill(given_BL == BLANK, self.student.mask_id).to(self.device),
+            sequence_id_B.to(self.device),
+            self.seed,
+            self.decoding,
+            length_B=length_B.to(self.device) if self.padded else None,
+            eos=self.eos,
+            keep=self.keep,
+        )
+        return written.ids_BL, written.length_B, written.nfe_B
+
+
+class CausalWriter:
+    """An `ar` student or any Hugging Face causal LM, token by token with a KV cache."""
+
+    def __init__(self, config: SampleConfig, about: dict[str, Any] | None):
+        ignored = {
+            "nfe": 0, "sampler": "even", "order": "random", "noise_temperature": 1.0, "fresh_noise": False, "auxiliary": "", "student_weight": 0.5,
+        }  # fmt: skip
+        for name, default in ignored.items():
+            if getattr(config, name) != default:
+                raise ValueError(f"{name} is {getattr(config, name)}, but {config.student} is a causal LM, which writes one token a forward; drop it")
+        self.lm, self.seed = CausalLM(config.student, device_of(config.device)), config.seed
+        output: Any = "sample" if config.choose == "auto" else config.choose
+        self.decoding = Decoding(1, config.temperature, nucleus=config.nucleus, output=output, top_k=config.top_k)
+        self.vocab_size, self.identity, self.asked, self.label = self.lm.vocab_size, model_identity(config.student), 0, "token-by-token"
+        self.longest = about["block_length"] if about else self.lm.max_length or 2**24
+        self.tokenizer = _trained_tokenizer(about["provenance"]) if about else config.student
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self.decoding, name) for name in ("temperature", "nucleus", "top_k", "output")}
+
+    def prepare(self, prompts: Prompts) -> None:
+        prefix_lengths(prompts)
+
+    def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given_B = prefix_lengths(Prompts(given_BL, length_B))
+        ids_BL = self.lm.write(given_BL.clamp_min(0), given_B, given_BL.shape[1], sequence_id_B, self.seed, self.decoding)
+        past_BL = torch.arange(ids_BL.shape[1]) >= length_B[:, None]
+        return ids_BL.masked_fill(past_BL, 0), length_B, length_B - given_B
+
+
+def _trained_tokenizer(provenance: dict[str, Any]) -> str:
+    dataset = provenance.get("dataset")
+    return str(Path(dataset) / "tokenizer") if dataset and (Path(dataset) / "tokenizer").is_dir() else ""
+
+
+def _load(folder: str, device: str) -> Any:
+    return load_student(Path(folder), device)

@@ -1,0 +1,99 @@
+"""Students that differ in one thing, over seeds: trained once, compared with their own seed's baseline, in one page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eval.__main__ import main, parse
+from eval.ablation import markdown, training
+from tests.eval.world import write_world
+
+BASE = {
+    "student": {"kind": "mdlm", "layers": 1, "hidden": 16, "heads": 2},
+    "optim": {"steps": 4, "global_batch": 8, "warmup": 1, "ema": 0},
+    "threads": 1, "tensorboard": False, "device": "cpu", "log_every": 2, "eval_every": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished ablation of two groups and two seeds."""
+    root = write_world(tmp_path_factory.mktemp("ablation"))
+    data = {"path": str(root / "heldout"), "heldout": str(root / "heldout")}
+    (root / "base.yaml").write_text(yaml.safe_dump(BASE | {"data": data, "output": "unused"}))
+    noise = {"student.noise.kind": "gumbel", "student.noise.input": "replace"}
+    groups = {
+        "masked": {"recipe": str(root / "base.yaml"), "baseline": "plain", "nfe": [1, 2], "students": {"noisy": {"set": noise}, "plain": {}}},
+        "figures": {
+            "recipe": str(root / "base.yaml"), "baseline": "plain", "measure": "heldout", "figures": ["nelbo"],
+            "students": {"plain": {"about": "nothing"}},
+        },
+    }  # fmt: skip
+    settings = {
+        "output": str(root / "out"), "heldout": str(root / "heldout"), "judge": str(root / "judge"), "groups": groups, "seeds": [1, 2],
+        "settings": {"optim.steps": 3}, "sequences": 24, "workers": 1, "device": "cpu",
+    }  # fmt: skip
+    (root / "ablation.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert main(["ablation", "--config", str(root / "ablation.yaml")]) == 0
+    return root
+
+
+def test_every_student_is_its_recipe_with_its_own_change_and_seed(made: Path) -> None:
+    config = parse(["ablation", "--config", str(made / "ablation.yaml")])[1]
+    plain, noisy = (training(config, "masked", name, 2) for name in ("plain", "noisy"))
+    assert (plain.seed, plain.optim.steps, noisy.student.noise.kind, noisy.student.noise.input) == (2, 3, "gumbel", "replace")
+    noisy.student.noise, noisy.output = plain.student.noise, plain.output
+    assert noisy == plain
+
+
+def test_figures_are_ratios_to_the_baseline_of_the_same_seed(made: Path) -> None:
+    built = json.loads((made / "out" / "ablation.json").read_text())
+    students = built["groups"]["masked"]["students"]
+    for nfe in ("1", "2"):
+        values = {}
+        for seed in (1, 2):
+            scored = {name: students[name]["columns"][f"NFE {nfe}"]["values"][seed - 1] for name in ("plain", "noisy")}
+            values[seed] = scored["noisy"]
+            assert scored["plain"] > 1
+        column = students["noisy"]["columns"][f"NFE {nfe}"]
+        assert math.isclose(column["mean"], math.sqrt(values[1] * values[2])) and (column["low"], column["high"]) == tuple(sorted(values.values()))
+    last = [json.loads(line) for line in (made / "out" / "seed-1" / "students" / "figures-plain" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert built["groups"]["figures"]["students"]["plain"]["columns"]["nelbo"]["values"][0] == last["heldout/nelbo"]
+
+
+def test_the_page_names_seeds_steps_and_students_in_the_recipes_order(made: Path) -> None:
+    config = parse(["ablation", "--config", str(made / "ablation.yaml")])[1]
+    page = (made / "out" / "ablation.md").read_text()
+    assert page == markdown(config, json.loads((made / "out" / "ablation.json").read_text()))
+    assert "Seeds 1, 2" in page and "3 steps of 8 rows" in page and page.index("| noisy |") < page.index("| plain |") and "| nothing |" in page
+
+
+def test_the_same_command_trains_and_samples_nothing_again(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (made / "out").rglob("*") if path.suffix in (".arrow", ".safetensors")}
+    capsys.readouterr()
+    assert main(["ablation", "--config", str(made / "ablation.yaml")]) == 0
+    assert "trained already" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seeds": [1, 1]}, "each once"),
+        ({"groups": {"g": {"recipe": "r", "baseline": "b", "students": {"a": {}}}}}, "not among the students"),
+        ({"groups": {"g": {"recipe": "r", "baseline": "a", "measure": "heldout", "students": {"a": {}}}}}, "heldout needs figures"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    made: Path, tmp_path: Path, change: dict[str, object], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = yaml.safe_load((made / "ablation.yaml").read_text()) | change
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        raise SystemExit(main(["ablation", "--config", str(tmp_path / "bad.yaml")]))
+    assert refused.value.args[0] != 0 and words in capsys.readouterr().err

@@ -1,0 +1,382 @@
+"""Exact sampling from the teacher in fewer calls: its own sample whatever the drafter, its own distribution without noise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eval import tables
+from eval.__main__ import main, parse
+from eval.accept import build as build_accept
+from eval.accept_figures import figures
+from eval.causal import CausalLM, FromLogits
+from eval.config import AcceptConfig
+from eval.decoding import Decoding, restricted_log_probs
+from eval.drafters import CausalDrafter, drafter_of
+from eval.exact import write_dataset
+from eval.markov import MarkovTeacher
+from eval.metrics import bootstrap_weights
+from eval.referee import Held, Rejection, SharedNoise, prior
+from eval.speculative import Drafter, Nobody, Rows, Written, speculate
+from eval.stream import NOISE_DRAW
+from noise import philox
+from noise.storage import DatasetError, read_json
+from pipeline.generate import write
+from pipeline.tokenizer import tokenizer_hash
+from tests.eval.known import fits_counts
+from tests.eval.world import write_causal, write_tokenizer
+from tests.trainer.chain import write_chain
+from trainer.config import MedusaConfig, NoiseConfig, StudentConfig
+from trainer.students import build, save_student
+
+V, L, BLOCK, SEED, ROWS = 13, 11, 4, 5, 6
+INPUT = NoiseConfig(kind="gumbel", input="replace")
+EVERYTHING = NoiseConfig(kind="gumbel", input="add", prior="unigram", readout=True, drafts=[1, 2])
+NONE = NoiseConfig()
+GIVEN_B = torch.tensor([1, 3, 1, 2, 5, 1])
+LIMIT_B = torch.tensor([11, 11, 7, 9, 11, 2])
+GIVEN_BP = torch.randint(1, V, (ROWS, 5), generator=torch.Generator().manual_seed(2))
+PLAIN = Decoding(1)
+
+
+class Oracle:
+    """Drafts from a text that is handed to it."""
+
+    most, span, reads_hidden, forwards = 10**6, 1, False, 0
+
+    def __init__(self, text_BL: torch.Tensor):
+        self.text_BL = text_BL
+
+    def begin(self) -> None: ...
+
+    def keep(self, at_K: torch.Tensor) -> None: ...
+
+    def draft(self, rows: Rows, room_A: torch.Tensor, rule: Any) -> torch.Tensor:
+        for a, (row, known, room) in enumerate(zip(rows.row_A.tolist(), rows.known_A.tolist(), room_A.tolist(), strict=True)):
+            rows.ids_AL[a, known : known + room] = self.text_BL[row, known : known + room]
+        return room_A
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("accept")
+    write_causal(folder / "teacher", 1, vocab_size=V)
+    write_causal(folder / "other", 2, vocab_size=V)
+    write_causal(folder / "tiny", 3, vocab_size=3)
+    write_causal(folder / "tiny-other", 4, vocab_size=3)
+    return folder
+
+
+def student(folder: Path, kind: str, noise: NoiseConfig = NONE, vocab_size: int = V, length: int = L, backbone: str = "", **more: Any) -> Any:
+    """Untrained, with weights that are large enough to have opinions."""
+    shape = {"medusa": MedusaConfig(backbone=str(folder / backbone), heads_count=3)} if kind == "medusa" else {"layers": 2, "hidden": 16, "heads": 2}
+    torch.manual_seed(0)
+    module = build(StudentConfig(kind, noise=noise, **shape, **more), vocab_size, length)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    return module.eval()
+
+
+def make(folder: Path, name: str, teacher: CausalLM, noise: NoiseConfig, vocab_size: int = V, length: int = L) -> Drafter:
+    def made(kind: str, nfe: int = 1, sight: int = 0, **more: Any) -> Drafter:
+        module = student(folder, kind, noise, vocab_size, length, **more)
+        sha256 = student(folder, kind, NONE, vocab_size, length, **more).base.weights_sha256 if name == "medusa" else ""
+        return drafter_of(module, nfe, sight, sha256)
+
+    own = Path(teacher.name).name
+    return {
+        "mdlm": lambda: made("mdlm"),
+        "mdlm in two forwards": lambda: made("mdlm", 2),
+        "mdlm of short sight": lambda: made("mdlm", 1, 3),
+        "bd3lm": lambda: made("bd3lm", block_size=3),
+        "bd3lm in two forwards": lambda: made("bd3lm", 2, block_size=2, shift=True),
+        "mtp": lambda: made("mtp", predict=min(3, length - 1)),
+        "medusa": lambda: made("medusa", backbone=own),
+        "medusa on another": lambda: made("medusa", backbone=f"{own}-other" if own == "tiny" else "other"),
+        "ar": lambda: CausalDrafter(CausalLM(str(folder / (f"{own}-other" if own == "tiny" else "other")))),
+        "nobody": Nobody,
+    }[name]()
+
+
+NAMES = [
+    "mdlm",
+    "mdlm in two forwards",
+    "mdlm of short sight",
+    "bd3lm",
+    "bd3lm in two forwards",
+    "mtp",
+    "medusa",
+    "medusa on another",
+    "ar",
+    "nobody",
+]
+
+
+def sequential(teacher: CausalLM, decoding: Decoding) -> torch.Tensor:
+    """Token by token."""
+    ids_BL = write(teacher, FromLogits(decoding), SEED, torch.arange(ROWS), GIVEN_BP, GIVEN_B, L, NOISE_DRAW)[0]
+    return ids_BL.masked_fill(torch.arange(L) >= LIMIT_B[:, None], 0)
+
+
+def shared(decoding: Decoding, sequence_id_B: torch.Tensor) -> SharedNoise:
+    held = Held(prior(SEED, sequence_id_B, V), len(sequence_id_B), 2 * L, V, torch.device("cpu"))
+    return SharedNoise(lambda logits_NV: restricted_log_probs(logits_NV, decoding), held, decoding.temperature)
+
+
+def drafted(teacher: CausalLM, drafter: Drafter, decoding: Decoding = PLAIN, rows: slice = slice(None)) -> Written:
+    rule = shared(decoding, torch.arange(ROWS)[rows])
+    return speculate(teacher, drafter, rule, GIVEN_BP[rows], GIVEN_B[rows], LIMIT_B[rows], BLOCK)
+
+
+@pytest.mark.parametrize("noise", [NONE, EVERYTHING], ids=["none", "everything"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_is_what_the_teacher_writes_token_by_token_whoever_drafts(folder: Path, name: str, noise: NoiseConfig) -> None:
+    teacher = CausalLM(str(folder / "teacher"), dtype="float64")
+    drafter, decoding = make(folder, name, teacher, noise), Decoding(1, temperature=0.8, top_k=9)
+    together = drafted(teacher, drafter, decoding)
+    assert torch.equal(together.ids_BL, sequential(teacher, decoding))
+    for row in (0, 3):
+        alone = drafted(teacher, drafter, decoding, rows=slice(row, row + 1))
+        assert torch.equal(alone.ids_BL[0], together.ids_BL[row, : alone.ids_BL.shape[1]])
+        assert alone.calls_B[0] == together.calls_B[row] and torch.equal(alone.offered_BK[0], together.offered_BK[row])
+        assert torch.equal(alone.head_BL[0], together.head_BL[row, : alone.head_BL.shape[1]])
+
+
+@pytest.mark.parametrize("wrong", [(), (4, 5), range(L)], ids=["a perfect drafter", "wrong twice", "always wrong"])
+def test_calls_are_what_right_and_wrong_drafts_cost_and_both_write_the_same(folder: Path, wrong: Any) -> None:
+    teacher = CausalLM(str(folder / "teacher"), dtype="float64")
+    truth_BL = sequential(teacher, Decoding(1))
+    text_BL = truth_BL.clone()
+    text_BL[:, list(wrong)] = (text_BL[:, list(wrong)] + 1) % V
+    found = drafted(teacher, Oracle(text_BL))
+    assert torch.equal(found.ids_BL, truth_BL)
+    for row, (given, limit) in enumerate(zip(GIVEN_B.tolist(), LIMIT_B.tolist(), strict=True)):
+        known, calls, offered = given, 0, [0] * BLOCK
+        head, stands = [0] * L, [False] * L
+        while known < limit:
+            room = min(BLOCK, limit - known - 1)
+            for k in range(room):
+                offered[k] += 1
+            right = next((k for k in range(room) if known + k in wrong), room)
+            for k in range(min(right + 1, room)):
+                head[known + k], stands[known + k] = k + 1, k < right
+            known, calls = known + right + 1, calls + 1
+        assert int(found.calls_B[row]) == calls and found.offered_BK[row].tolist() == offered
+        assert found.head_BL[row].tolist() == head and found.stands_BL[row].tolist() == stands
+
+
+def test_the_teacher_as_its_own_drafter_is_never_refused(folder: Path) -> None:
+    teacher = CausalLM(str(folder / "teacher"), dtype="float64")
+    drafter = CausalDrafter(teacher)
+    assert torch.equal(drafted(teacher, drafter).calls_B, -(-(LIMIT_B - GIVEN_B) // (BLOCK + 1)))
+    sequence_id_B = torch.arange(ROWS)
+    rule = Rejection(lambda logits_NV: restricted_log_probs(logits_NV, Decoding(1)), prior(SEED, sequence_id_B, V), SEED, sequence_id_B, BLOCK + 1, V)
+    found = speculate(teacher, drafter, rule, GIVEN_BP, GIVEN_B, LIMIT_B, BLOCK)
+    assert torch.equal(found.calls_B, -(-(LIMIT_B - GIVEN_B) // (BLOCK + 1)))
+
+
+@pytest.mark.parametrize(("name", "noise"), [(name, NONE) for name in NAMES] + [("mdlm", EVERYTHING), ("medusa", EVERYTHING)])
+def test_without_noise_the_rejection_rule_keeps_the_teachers_distribution(folder: Path, name: str, noise: NoiseConfig) -> None:
+    teacher = CausalLM(str(folder / "tiny"))
+    rows, decoding, words = 8_000, Decoding(1, temperature=0.7), torch.cartesian_prod(*[torch.arange(3)] * 3)
+    sequence_id_B = torch.arange(rows)
+    held = Held(prior(SEED, sequence_id_B, 3), rows, 8, 3, torch.device("cpu"))
+    rule = Rejection(lambda logits_NV: restricted_log_probs(logits_NV, decoding), held, SEED, sequence_id_B, 8, 3)
+    zeros_B1 = torch.zeros(rows, 1, dtype=torch.int64)
+    drafter = make(folder, name, teacher, noise, 3, 4)
+    found = speculate(teacher, drafter, rule, zeros_B1, torch.ones_like(sequence_id_B), torch.full_like(sequence_id_B, 4), 3)
+    with torch.no_grad():
+        logits = teacher.model(input_ids=torch.cat([torch.zeros(len(words), 1, dtype=torch.int64), words], 1)).logits[:, :-1]
+    law_W = torch.log_softmax(logits.double() / decoding.temperature, -1).gather(-1, words[..., None])[..., 0].sum(1).exp()
+    assert fits_counts(torch.bincount((found.ids_BL[:, 1:] * torch.tensor([9, 3, 1])).sum(1), minlength=27), law_W)
+    if name != "nobody":
+        assert 0.02 < float(found.stands_BL.sum() / (found.head_BL > 0).sum()) < 0.99
+
+
+def test_the_first_draft_stands_as_often_as_the_two_distributions_overlap(folder: Path) -> None:
+    teacher, other = CausalLM(str(folder / "tiny")), CausalLM(str(folder / "tiny-other"))
+    rows = 20_000
+    sequence_id_B = torch.arange(rows)
+    rule = Rejection(lambda logits_NV: restricted_log_probs(logits_NV, Decoding(1)), prior(1, sequence_id_B, 3), 1, sequence_id_B, 8, 3)
+    given_B, limit_B = torch.ones_like(sequence_id_B), torch.full_like(sequence_id_B, 3)
+    found = speculate(teacher, CausalDrafter(other), rule, torch.zeros(rows, 1, dtype=torch.int64), given_B, limit_B, 3)
+    with torch.no_grad():
+        p, q = (torch.softmax(lm.model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits[0, 0].double(), -1) for lm in (teacher, other))
+    overlap = float(torch.minimum(p, q).sum())
+    assert abs(float(found.stands_BL[:, 1].double().mean()) - overlap) < 4 * (overlap * (1 - overlap) / rows) ** 0.5
+
+
+def test_noise_that_is_held_is_the_streams(folder: Path) -> None:
+    sequence_id_B = torch.tensor([7, 2**40])
+    asked = 0
+
+    def source(row_N: torch.Tensor, position_N: torch.Tensor) -> torch.Tensor:
+        nonlocal asked
+        asked += len(row_N)
+        return prior(SEED, sequence_id_B, V)(row_N, position_N)
+
+    held = Held(source, 2, 4, V, torch.device("cpu"))
+    for row, position in (([0, 0, 1], [1, 2, 1]), ([0, 1, 1], [2, 1, 4]), ([1, 0], [5, 9])):
+        row_N, position_N = torch.tensor(row), torch.tensor(position)
+        assert torch.equal(held(row_N, position_N), philox.gumbel(philox.rows(SEED, sequence_id_B[row_N], position_N, NOISE_DRAW), V))
+    assert asked == 6
+
+
+def write_markov(folder: Path, chain: MarkovTeacher) -> None:
+    """The chain as a Hugging Face model: one-hot embeddings, layers that add nothing, and an output layer of log-probs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    V, H = chain.vocab_size, chain.vocab_size + chain.vocab_size % 2
+    shape = {"hidden_size": H, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "rms_norm_eps": 1e-12}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=64, tie_word_embeddings=False, **shape))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(V, H))
+        model.lm_head.weight.copy_(torch.nn.functional.pad(chain.log_p.clamp_min(-60).T, (0, H - V)) / H**0.5)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    model.save_pretrained(folder)
+
+
+def save(folder: Path, module: Any, tokenizer: str = "") -> None:
+    identity = {"tokenizer": {"sha256": tokenizer}} if tokenizer else {}
+    save_student(folder, module, module.own_state(), {}, {"identity": identity, "dataset": "", "root_hash": ""})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """teacher/: a Markov chain; heldout/: its text and noise; masked/, noisy/, heads/, blocks/: students; small/: another causal LM."""
+    folder = tmp_path_factory.mktemp("world")
+    chain = MarkovTeacher(states=V - 1)
+    write_markov(folder / "teacher", chain)
+    write_tokenizer(folder / "teacher", V)
+    write_dataset(folder / "heldout", chain, 12, L, 3)
+    write_causal(folder / "small", 2, vocab_size=V)
+    save(folder / "masked", student(folder, "mdlm"), tokenizer_hash(folder / "teacher"))
+    save(folder / "noisy", student(folder, "mdlm", EVERYTHING))
+    save(folder / "heads", student(folder, "medusa", INPUT, backbone="teacher"))
+    save(folder / "blocks", student(folder, "bd3lm", block_size=4))
+    return folder
+
+
+def settings_of(world: Path, output: Path, *students: str, **settings: Any) -> dict[str, Any]:
+    names = [str(world / name) for name in students]
+    usual = {"teacher": str(world / "teacher"), "output": str(output), "device": "cpu", "replicates": 20, "block": 3}
+    return {"student": names[0] if len(names) == 1 else names, **usual, **settings}
+
+
+def accept(world: Path, output: Path, *students: str, **settings: Any) -> dict[str, Any]:
+    build_accept(AcceptConfig(**settings_of(world, output, *students, **settings)))
+    return read_json(output / "accept.json")
+
+
+def test_the_command_counts_calls_writes_the_teachers_samples_and_finds_its_work_again(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    students = ("masked", "noisy", "heads", "blocks", "small")
+    settings = {"dtype": "float64", "sequences": 7, "batch": 3, "temperature": 0.9}
+    found = accept(world, tmp_path, *students, **settings)
+    columns, _ = tables.read(Path(found["samples"]))
+    expected = CausalLM(str(world / "teacher"), dtype="float64").sample(0, L, torch.arange(7), 1, 0.9)
+    assert torch.equal(torch.from_numpy(columns["input_ids"]).long(), expected)
+    both = [(name, rule) for name in students for rule in (("shared noise",) if name in ("noisy", "heads") else ("shared noise", "rejection"))]
+    assert [(system["name"], system["rule"]) for system in found["systems"]] == both
+    for at, system in enumerate(found["systems"], start=1):
+        calls, stood = columns[f"{at}/calls"].sum(), columns[f"{at}/stands"].sum()
+        assert calls + stood == 7 * (L - 1)
+        assert system["tokens_per_call"]["value"] == pytest.approx(7 * (L - 1) / calls)
+        assert system["accepted_per_call"]["value"] == pytest.approx(stood / calls)
+        assert sum(line["rows"] * line["drafted"]["value"] for line in system["positions"]) == pytest.approx(stood)
+        first, second = system["heads"][:2]
+        assert second["conditional"]["value"] >= second["acceptance"]["value"] and first["conditional"] == first["acceptance"]
+        assert system["speed"]["value"] == pytest.approx(columns["seconds"].sum() / columns[f"{at}/seconds"].sum())
+        assert system["rule"] == "rejection" or system["divergence"]["rows"] == 0
+    assert found["systems"][both.index(("heads", "shared noise"))]["drafter_calls_per_call"]["value"] == 0
+    arguments = [part for key, value in settings_of(world, tmp_path, *students, **settings).items() for part in (f"--{key}", str(value))]
+    assert main(["accept", *arguments]) == 0 and read_json(tmp_path / "accept.json") == found
+    assert f"{found['systems'][0]['tokens_per_call']['value']:.2f} (" in capsys.readouterr().out
+
+
+def test_rows_of_a_dataset_come_out_as_its_text(world: Path, tmp_path: Path) -> None:
+    found = accept(world, tmp_path, "noisy", "heads", rows=str(world / "heldout"), sequences=20, batch=4)
+    assert found["rows_that_are_the_datasets_text"] == found["settings"]["sequences"] == 12
+    assert [system["divergence"]["rows"] for system in found["systems"]] == [0, 0]
+
+
+def test_prompts_are_continued_to_their_own_lengths(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"text": "w5 w7"}\n{"ids": [3], "length": 6}\n')
+    found = accept(world, tmp_path, "blocks", prompts=str(tmp_path / "prompts.jsonl"), length=9, batch=2)
+    columns, _ = tables.read(Path(found["samples"]))
+    assert columns["tokens"].tolist() == [6, 4] and columns["input_ids"][:, :2].tolist() == [[0, 5], [0, 3]]
+    assert not columns["input_ids"][1, 6:].any() and found["systems"][0]["divergence"]["rows"] == 0
+
+
+def test_texts_that_differ_are_near_ties_that_are_listed_or_an_error_or_in_half_precision_a_rate() -> None:
+    lengths = {"given": [1, 1, 1], "length": [5, 5, 5], "tokens": [4, 4, 4], "seconds": [1.0, 1.0, 1.0]}
+    own = {"calls": [2, 2, 2], "drafter_calls": [2, 2, 2], "offered": [[1]] * 3, "head": [[0, 1, 0, 0, 0]] * 3, "stands": [[0, 1, 0, 0, 0]] * 3}
+    own |= {"seconds": [2.0, 2.0, 2.0], "differs_at": [0, 3, 0], "gap": [0.0, 5e-5, 0.0]}
+    columns = {**lengths, **{f"1/{name}": values for name, values in own.items()}}
+    made = {name: np.array(values) for name, values in columns.items()}
+    weights = bootstrap_weights(3, 20, 1)
+    divergence = figures([("s", "shared noise")], made, weights, "float32", 1e-4)["systems"][0]["divergence"]
+    assert divergence == {"rows": 1, "of": 3, "a_token": 1 / 11, "near_ties": ["sequence 1, position 3: 5.0e-05 apart in log p + g"]}
+    with pytest.raises(DatasetError, match=r"sequence 1, position 3: 5.0e-05 apart in log p \+ g, which is no near tie in float64"):
+        figures([("s", "shared noise")], made, weights, "float64", 0.0)
+    assert figures([("s", "shared noise")], made, weights, "bfloat16", None)["systems"][0]["divergence"] == {**divergence, "near_ties": []}
+
+
+def test_half_precision_writes_and_reports(world: Path, tmp_path: Path) -> None:
+    found = accept(world, tmp_path, "small", dtype="bfloat16", sequences=2, length=5, block=1)
+    assert found["systems"][0]["divergence"]["of"] == 2
+
+
+def test_a_teacher_of_nan_weights_is_named(folder: Path) -> None:
+    teacher = CausalLM(str(folder / "teacher"))
+    with torch.no_grad():
+        teacher.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(DatasetError, match="teacher: the teacher's log-prob of the token is nan"):
+        drafted(teacher, Nobody())
+
+
+def test_help_teaches_what_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["accept", "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for taught in ("--student '[MDLM, MEDUSA, BD3LM, SMALL_LM]'", "exactly what the teacher alone writes from that noise", "--rows DATASET"):
+        assert taught in out
+
+
+def test_what_does_not_fit_is_one_clear_line(world: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "other-tokens", student(folder, "mdlm"), "ab" * 32)
+    save(tmp_path / "narrow", student(folder, "mdlm", vocab_size=V - 1))
+    write_chain(tmp_path / "silent", 4, L, extraction="none")
+    write_chain(tmp_path / "wide", 4, L, vocab_size=V + 1)
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (tmp_path / "narrow", {}, f"vocab_size: {V - 1} here, {V} there"),
+        (tmp_path / "other-tokens", {}, "tokenizer.sha256: 'abab"),
+        (world / "masked", {"length": 12}, "rows have 12 positions, and"),
+        (world / "masked", {"length": 1}, "length is 1"),
+        (world / "masked", {"rows": str(tmp_path / "silent")}, "tokens but no noise"),
+        (world / "masked", {"rows": str(tmp_path / "wide")}, f"vocab_size is {V + 1} there, {V} of the teacher"),
+        (world / "masked", {"rows": str(world / "heldout"), "temperature": 0.5}, "temperature is 0.5, but the dataset"),
+        (world / "masked", {"sight": 2}, "sight is 2, less than the 4 tokens"),
+        (world / "small", {"nfe": 2}, "nfe is 2, which only students of kind mdlm and bd3lm read"),
+        (world / "heads", {"sight": 8}, "sight is 8, which only students of kind mdlm read"),
+        (world / "masked", {"block": 0}, "block is 0"),
+        (world / "masked", {"bos": V}, f"BOS is {V}"),
+    ]
+    for student_, change, message in cases:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            build_accept(AcceptConfig(**{**settings_of(world, tmp_path / "out"), "block": 4, "student": str(student_), **change}))
+    arguments = ["--student", str(tmp_path / "narrow"), "--teacher", str(world / "teacher"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["accept", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and f"vocab_size: {V - 1} here, {V} there" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

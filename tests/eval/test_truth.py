@@ -1,0 +1,219 @@
+"""The study of known languages: figures are exact against brute force, the comparison is complete, and a second run makes nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.__main__ import main, parse
+from eval.languages import language
+from eval.metrics import bootstrap_weights
+from eval.sampler import blank_rows
+from eval.study import load_masked
+from eval.truth import TruthConfig, build, measured
+from eval.truth_figures import replicates
+from eval.truth_page import comparison_table, figure_table, markdown, one_call_table, show
+from trainer.config import NoiseConfig, OptimConfig, StudentConfig
+
+SYSTEMS = {
+    "none": NoiseConfig(),
+    "independent": NoiseConfig(kind="independent", input="replace"),
+    "gumbel": NoiseConfig(kind="gumbel", input="replace"),
+}
+
+
+def tiny(folder: Path, **settings: object) -> TruthConfig:
+    return TruthConfig(
+        **{  # type: ignore[arg-type]
+            "output": str(folder), "systems": dict(SYSTEMS), "against": {"gumbel": ["none", "independent"]}, "languages": ["cities", "maze"],
+            "rows": 200, "heldout_rows": 20, "model": StudentConfig(layers=1, hidden=16, heads=2), "optim": OptimConfig(steps=4, global_batch=16),
+            "nfe": [1, 3], "sequences": 60, "replicates": 40, "seeds": [1, 2], "workers": 1, **settings,
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory):
+    config = tiny(tmp_path_factory.mktemp("truth"))
+    return config, build(config)
+
+
+def test_validity_and_distance_are_those_of_counting_by_hand():
+    known = language("cities")
+    ids_SL = np.concatenate([known.ids_ML[[0, 0, 5, 9]], known.ids_ML[:2][:, ::-1]])
+    found = replicates(known, np.pad(ids_SL, ((0, 0), (1, 0))), np.array([[1, 1, 1, 1, 1, 1], [0, 3, 0, 0, 3, 0]]))
+    of_samples = {0: 2 / 6, 5: 1 / 6, 9: 1 / 6}  # and a third is none
+    by_hand = (sum(abs(of_samples.get(number, 0) - p) for number, p in enumerate(known.p_M)) + 2 / 6) / 2
+    assert found["valid"] == pytest.approx([4 / 6, 1 / 2]) and found["distance"][0] == pytest.approx(by_hand)
+
+
+def test_distance_is_zero_for_the_joint_itself():
+    known = language("maze")
+    ids_SL = np.pad(known.ids_ML, ((0, 0), (1, 0)))
+    assert replicates(known, ids_SL, np.ones((1, len(ids_SL))))["distance"] == pytest.approx(0)
+
+
+def test_the_study_has_every_language_seed_system_and_nfe(built):
+    _, truth = built
+    assert list(truth["languages"]) == ["cities", "maze"]
+    for known in truth["languages"].values():
+        assert list(known["seeds"]) == ["1", "2"]
+        for found in known["seeds"].values():
+            assert found["teacher"]["valid"]["value"] == pytest.approx(1)
+            assert list(found["systems"]) == list(SYSTEMS)
+            for system in found["systems"].values():
+                assert list(system["nfe"]) == ["1", "3"] and 0 <= system["reconstruction"]["value"] <= 1
+                assert 0 <= system["accepted"]["value"] <= known["tokens"]
+                for at in system["nfe"].values():
+                    assert 0 <= at["valid"]["low"] <= at["valid"]["value"] <= at["valid"]["high"] <= 1 + 1e-9
+                    assert 1 - at["valid"]["value"] <= at["distance"]["value"] + 1e-12
+            lines = {(line["system"], line["against"], line["nfe"]) for line in found["comparisons"]}
+            assert lines == set(product(["gumbel"], ["none", "independent", "limit"], [1, 3]))
+
+
+def test_the_summary_is_of_the_seeds(built):
+    _, truth = built
+    known = truth["languages"]["cities"]
+    values = [found["systems"]["none"]["nfe"]["3"]["distance"]["value"] for found in known["seeds"].values()]
+    assert known["summary"]["systems"]["none"]["nfe"]["3"]["distance"] == pytest.approx(
+        {"mean": np.mean(values), "low": min(values), "high": max(values)}
+    )
+
+
+def test_only_what_is_better_in_every_seed_is_beaten(built):
+    config, truth = built
+    for known in truth["languages"].values():
+        for nfe, at in known["summary"]["systems"]["gumbel"]["nfe"].items():
+            for other in ("none", "independent", "limit"):
+                lines = [
+                    line for found in known["seeds"].values() for line in found["comparisons"] if (str(line["nfe"]), line["against"]) == (nfe, other)
+                ]
+                assert len(lines) == len(config.seeds)
+                assert (other in at["beats"]["valid"]) == all(line["valid"]["low"] > 0 for line in lines)
+                assert (other in at["beats"]["distance"]) == all(line["distance"]["high"] < 0 for line in lines)
+
+
+def test_a_student_without_noise_is_accepted_as_speculative_sampling_says(built):
+    config, truth = built
+    known, taught = language("cities"), config.taught("cities", 1)
+    student = load_masked(str(taught.student("none")), "cpu")
+    with torch.inference_mode():
+        q_LV = student.logits(blank_rows(student, 1, 5, 0), None).double().softmax(1).numpy()
+    expected, chance = 0.0, {(): 1.0}  # chance that a prefix is drafted and accepted, by walking the teacher's tree
+    for at in range(4):
+        longer: dict[tuple[int, ...], float] = {}
+        for prefix, alive in chance.items():
+            with_prefix_M = (known.ids_ML[:, :at] == np.array(prefix)).all(1)
+            for token in range(known.vocab_size):
+                p = known.p_M[with_prefix_M & (known.ids_ML[:, at] == token)].sum() / known.p_M[with_prefix_M].sum()
+                if p:
+                    longer[*prefix, token] = alive * min(1.0, p / q_LV[at, token]) * q_LV[at, token]
+        chance = longer
+        expected += sum(chance.values())
+    assert truth["languages"]["cities"]["seeds"]["1"]["systems"]["none"]["accepted"]["value"] == pytest.approx(expected)
+
+
+def test_a_student_that_is_the_teacher_is_accepted_to_the_end(built, monkeypatch):
+    config, _ = built
+    known = language("cities")
+
+    class Perfect:
+        """Writes the teacher's sentence from the teacher's noise, in one call."""
+
+        vocab_size, mask_id, noise, block_length = known.vocab_size, known.vocab_size, NoiseConfig(kind="gumbel", input="replace"), 5
+
+        config = StudentConfig()
+
+        def logits(self, ids_BL, g_NV):
+            g_BLV = g_NV.view(len(ids_BL), 4, -1)
+            state_B, found = torch.zeros(len(ids_BL), dtype=torch.int64), []
+            for at in range(4):
+                token_B = (known.log_p[state_B] + g_BLV[:, at]).argmax(1)
+                state_B = known.next_state[state_B, token_B]
+                found.append(token_B)
+            return 99.0 * torch.nn.functional.one_hot(torch.stack(found, 1).flatten(), known.vocab_size)
+
+    monkeypatch.setattr("eval.taught.load_masked", lambda *_: Perfect())
+    monkeypatch.setattr("eval.truth.load_masked", lambda *_: Perfect())
+    monkeypatch.setattr("eval.taught.folder_identity", lambda *_: "perfect")
+    monkeypatch.setattr("eval.truth.folder_identity", lambda *_: "perfect")
+    found = measured(replace(config, nfe=[1]), "cities", 1, "gumbel")
+    assert (found.accepted_S == 4).all()
+    assert replicates(known, found.samples[1], bootstrap_weights(60, 1, 1))["valid"] == pytest.approx(1)
+    assert found.returned_S.mean() > 0.9  # the shards' noise is within epsilon of the posterior's, so almost every token comes back
+
+
+def test_running_again_makes_nothing_and_gives_the_same_figures(built, monkeypatch):
+    config, truth = built
+    for name in ("eval.taught.draw_rows", "eval.truth.reconstruct", "eval.truth.load_masked", "trainer.loop._Run"):
+        monkeypatch.setattr(name, None)
+    assert json.dumps(build(config)) == json.dumps(truth)
+
+
+def test_an_interrupted_study_continues_with_what_is_missing(built, tmp_path, monkeypatch):
+    _, truth = built
+    smaller = tiny(tmp_path, languages=["cities"], seeds=[1])
+    calls = []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw_rows(*arguments)
+
+    from eval.taught import draw_rows
+
+    monkeypatch.setattr("eval.taught.draw_rows", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build(smaller)
+    there = set(tmp_path.rglob("*.arrow"))
+    again = build(smaller)
+    assert there <= set(tmp_path.rglob("*.arrow"))
+    assert again["languages"]["cities"]["seeds"]["1"] == truth["languages"]["cities"]["seeds"]["1"]
+
+
+def test_tables_and_pictures_show_what_the_study_holds(built, tmp_path, capsys):
+    from eval import truth_plot
+
+    config, truth = built
+    for head, rows in (figure_table(truth, "valid"), figure_table(truth, "distance"), one_call_table(truth), comparison_table(truth)):
+        assert rows and all(len(row) == len(head) for row in rows)
+    page = markdown(truth, "why_truth.png")
+    assert all(f"| {name} | {system} |" in page for name in ("cities", "maze") for system in SYSTEMS)
+    show(truth)
+    assert "no noise, exact limit" in capsys.readouterr().out
+    pictures = truth_plot.draw(config, truth, tmp_path)
+    assert {path.name for path in pictures} == {"why_truth.png", "why_noise.png", "why_cities.png", "why_maze.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 150_000 for path in pictures)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"languages": ["klingon"]}, "klingon.*cities, arithmetic"),
+        ({"nfe": [1, 5]}, "a sentence of cities has 4 tokens"),
+        ({"seeds": [1, 1]}, "seeds is"),
+        ({"against": {"gumbel": ["nobody"]}}, "nobody"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(tmp_path, **settings)
+
+
+def test_the_recipe_parses_and_compares_with_twin_and_control():
+    command, config = parse(["truth", "--config", "recipes/demo_truth.yaml", "--optim.steps", "7"])
+    assert command == "truth" and config.optim.steps == 7 and config.nfe == [1, 2, 3, 4] and len(config.seeds) >= 3
+    assert {config.systems[name].kind for name in config.against["gumbel"]} == {"none", "independent"}
+
+
+def test_a_language_that_is_none_ends_with_one_line(tmp_path, capsys):
+    with pytest.raises((SystemExit, ValueError)):
+        raise SystemExit(main(["truth", "--output", str(tmp_path), "--systems", "{none: {kind: none}}", "--languages", "[klingon]"]))
+    assert "klingon" in capsys.readouterr().err

@@ -1,0 +1,229 @@
+"""Likelihoods of continuations: bounds against enumeration, exactness, noise that knows no answer; the harness, where it is installed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from eval.__main__ import main
+from eval.answering import encode_pair
+from eval.causal import CausalLM
+from eval.likelihood import CausalLikelihood, MaskedLikelihood, masks, windows
+from tests.eval.world import LENGTH, VOCAB, write_heldout, write_student, write_tokenizer
+from trainer.config import NoiseConfig, StudentConfig
+from trainer.students import build, save_student
+
+V, GIVEN = 3, [0, 2]
+NOISE = NoiseConfig(kind="gumbel", input="replace", readout=True)
+
+
+def student(kind: str, noise: NoiseConfig | None = None, **settings: int):
+    torch.manual_seed(1)
+    built = build(StudentConfig(kind=kind, layers=2, hidden=16, heads=2, noise=noise or NoiseConfig(), **settings), V, 6)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, weight in built.named_parameters():
+            if "norm" not in name:
+                weight.add_(0.5 * torch.randn_like(weight))
+    built = built.eval().requires_grad_(False)
+    return built.double() if noise is None else built
+
+
+def words(length: int) -> list[list[int]]:
+    return [[*GIVEN, *word] for word in itertools.product(range(V), repeat=length)]
+
+
+def conditional(model, ids: list[int], hidden: tuple[int, ...]) -> torch.Tensor:
+    """log p at the hidden positions by the sampler's own call, [positions, V]."""
+    row = torch.tensor([ids])
+    row[0, list(hidden)] = model.mask_id
+    return model.logits(row).log_softmax(-1)
+
+
+def nelbo(model, ids: list[int], positions: tuple[int, ...]) -> float:
+    """E over t ~ U(0, 1) of 1/t sum over masked of -log p, by Gauss-Legendre quadrature over t and a sum over all masks: MDLM's own formula."""
+    node, weight = (torch.tensor(x, dtype=torch.float64) for x in np.polynomial.legendre.leggauss(12))
+    t_T, w_T = (node + 1) / 2, weight / 2
+    total = 0.0
+    for size in range(1, len(positions) + 1):
+        for hidden in itertools.combinations(positions, size):
+            loss = -sum(float(row[ids[at]]) for row, at in zip(conditional(model, ids, hidden), hidden, strict=True))
+            total += loss * float((w_T * t_T ** (size - 1) * (1 - t_T) ** (len(positions) - size)).sum())
+    return total
+
+
+def all_orders(model, ids: list[int], positions: tuple[int, ...]) -> float:
+    """p of the words under the sampler that reveals one position at a time in random order."""
+    found = []
+    for order in itertools.permutations(positions):
+        log_p = 0.0
+        for k, at in enumerate(order):
+            hidden = tuple(sorted(order[k:]))
+            log_p += float(conditional(model, ids, hidden)[hidden.index(at), ids[at]])
+        found.append(math.exp(log_p))
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("word", [(1, 0, 2), (2, 2, 1)])
+def test_the_mean_over_masks_is_the_exact_bound_and_lies_above_the_exact_likelihood(word: tuple[int, ...]) -> None:
+    model, ids, at = student("mdlm"), [*GIVEN, *word], (2, 3, 4)
+    exact = nelbo(model, ids, at)
+    assert exact > -math.log(all_orders(model, ids, at)) > 0
+    hidden = [part for n in (1, 2, 3) for part in itertools.combinations(range(3), n)]
+    every_KM = torch.tensor([[place in part for place in range(3)] for part in hidden])
+    nll_KM, _ = MaskedLikelihood(model, 1, 1).losses(ids, 2, every_KM, torch.zeros(len(hidden), dtype=torch.int64))
+    n_K = every_KM.sum(1).double()
+    p_K = 1 / (3 * torch.tensor([math.comb(3, len(part)) for part in hidden], dtype=torch.float64))  # n uniform, places uniform given n
+    loss_K = 3 / n_K * nll_KM.sum(1)
+    assert float((p_K * loss_K).sum()) == pytest.approx(exact, abs=1e-9)
+    deviation = float((p_K * (loss_K - exact) ** 2).sum() ** 0.5)
+    assert abs(-MaskedLikelihood(model, 900, 1)(ids, 2)[0] - exact) < 3 * deviation / 30 < exact / 10
+
+
+def test_masks_are_uniform_in_number_and_then_in_place_and_weigh_what_they_leave_out() -> None:
+    block_M = torch.tensor([0, 0, 0, 1, 1])
+    masked_KM, weight_KM = masks(list(range(1, 3001)), 7, 1, block_M)
+    for part, size in ((slice(0, 3), 3), (slice(3, 5), 2)):
+        n_K = masked_KM[:, part].sum(1)
+        assert torch.allclose(weight_KM[:, part] * n_K[:, None], torch.tensor(float(size), dtype=torch.float64))
+        assert torch.bincount(n_K).tolist() == [0] + [3000 // size] * size  # each number has its exact share
+        expected = [3000 / size / math.comb(size, n) for n in range(1, size + 1) for _ in range(math.comb(size, n))]
+        subsets = [where for n in range(1, size + 1) for where in itertools.combinations(range(size), n)]
+        counted = [int((masked_KM[:, part] == torch.tensor([k in where for k in range(size)])).all(1).sum()) for where in subsets]
+        assert stats.chisquare(counted, expected).pvalue > 1e-3
+
+
+def test_blocks_of_one_are_exact_and_longer_blocks_are_bounds_that_add_up() -> None:
+    alone = student("bd3lm", block_size=1)
+    score = MaskedLikelihood(alone, 50, 1)
+    assert score.exact and sum(math.exp(score(ids, 2)[0]) for ids in words(3)) == pytest.approx(1, abs=1e-9)
+    ids = [0, 2, 1, 0, 2]
+    assert score(ids, 2)[0] == pytest.approx(sum(float(conditional(alone, ids[: at + 1], (at,))[0, ids[at]]) for at in (2, 3, 4)), abs=1e-9)
+    paired = student("bd3lm", block_size=2)
+    exact = nelbo(paired, ids[:4], (2, 3)) + nelbo(paired, ids, (4,))
+    many = torch.tensor([-MaskedLikelihood(paired, 1, seed)(ids, 2)[0] for seed in range(1, 61)], dtype=torch.float64)
+    assert abs(float(many.mean()) - exact) < 3 * float(many.std()) / len(many) ** 0.5
+    assert -MaskedLikelihood(paired, 400, 1)(ids, 2)[0] == pytest.approx(exact, abs=4 * float(many.std()) / 20)
+
+
+def test_greedy_is_said_of_the_one_continuation_that_greedy_decoding_writes() -> None:
+    for model in (student("mdlm"), student("bd3lm", block_size=1), student("mdlm", NOISE)):
+        assert sum(MaskedLikelihood(model, 1, 1)(ids, 2)[1] for ids in words(2)) == 1
+
+
+def test_a_causal_student_is_exact(tmp_path: Path) -> None:
+    write_student(tmp_path / "ar", kind="ar", seed=4)
+    score = CausalLikelihood(CausalLM(str(tmp_path / "ar")))
+    single = [score([0, 5, a], 2) for a in range(24)]
+    assert sum(math.exp(log_p) for log_p, _ in single) == pytest.approx(1, abs=1e-5) and sum(greedy for _, greedy in single) == 1
+    assert score([0, 5, 3, 7], 2)[0] == pytest.approx(score([0, 5, 3], 2)[0] + score([0, 5, 3, 7], 3)[0], abs=1e-4)
+
+
+def test_noise_students_see_noise_that_does_not_know_the_answer() -> None:
+    """Probabilities of all answers sum to 1 where they are exact and to less where they are bounds; with posterior noise each would be near 1."""
+    alone = MaskedLikelihood(student("bd3lm", NOISE, block_size=1), 5, 1)
+    assert not alone.exact and sum(math.exp(alone(ids, 2)[0]) for ids in words(3)) == pytest.approx(1, abs=1e-5)
+    masked = MaskedLikelihood(student("mdlm", NOISE), 30, 1)
+    assert 0 < sum(math.exp(masked(ids, 2)[0]) for ids in words(2)) < 1
+
+
+def test_a_mean_of_bounds_is_below_the_log_of_the_mean() -> None:
+    alone = student("bd3lm", NOISE, block_size=1)
+    for ids in words(2)[:4]:
+        single = [MaskedLikelihood(alone, 1, seed)(ids, 2)[0] for seed in range(1, 6)]
+        assert sum(single) / 5 < math.log(sum(map(math.exp, single)) / 5)
+
+
+def test_a_score_is_the_seeds_and_choices_of_one_question_share_noise() -> None:
+    model = student("mdlm", NOISE)
+    score = MaskedLikelihood(model, 3, 1)
+    first = score([0, 2, 1, 0], 2)[0]
+    score([0, 1, 1, 0], 2)
+    assert score([0, 2, 1, 0], 2)[0] == first != MaskedLikelihood(model, 3, 2)([0, 2, 1, 0], 2)[0]
+    seen: list[torch.Tensor] = []
+    real = model.predict
+    model.predict = lambda ids, g: (seen.append(g), real(ids, g))[1]
+    score([0, 2, 1, 0], 2), score([0, 2, 2, 2], 2), score([0, 1, 2, 2], 2)
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0][:2], seen[2][:2])
+
+
+def test_windows_score_every_token_once_after_all_the_context_that_fits() -> None:
+    ids = [9, *range(100, 120)]
+    assert list(windows(ids[:8], 5, 8)) == [(ids[:8], 5)]
+    assert list(windows(ids, 18, 8)) == [([9, *ids[14:]], 5)]
+    for given in (1, 4, 12):
+        parts = list(windows(ids, given, 8))
+        assert [token for row, known in parts for token in row[known:]] == ids[given:]
+        assert all(len(row) <= 8 and row[0] == 9 for row, _ in parts)
+    assert next(windows(ids[:10], 1, 8)) == (ids[:8], 1)
+
+
+def test_text_is_split_where_the_continuation_begins_and_owns_the_blank(tmp_path: Path) -> None:
+    from eval.causal import load_tokenizer
+
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert encode_pair(tokenizer, "w5 w6 ", "w7 w8") == ([5, 6], [7, 8])
+    assert encode_pair(tokenizer, "", "w7") == ([], [7])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_heldout(folder / "heldout")
+    write_tokenizer(folder / "heldout" / "tokenizer")
+    write_student(folder / "mdlm")
+    torch.manual_seed(2)
+    blocks = build(StudentConfig(kind="bd3lm", layers=2, hidden=16, heads=2, block_size=2), VOCAB, LENGTH)
+    save_student(folder / "bd3lm", blocks, blocks.state_dict(), {}, {"dataset": str(folder / "heldout")})
+    write_student(folder / "gumbel", noise=NOISE)
+    write_student(folder / "ar", kind="ar")
+    questions = [{"question": f"w{i} w{i + 1}", "choices": ["w3 w4", "w5", "w6 w7"], "answer": i % 3} for i in range(4, 9)]
+    (folder / "questions.json").write_text("\n".join(map(json.dumps, questions)))
+    common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/questions.json}}}}\ntest_split: test\n"
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "choice.yaml").write_text(
+        "task: choice\noutput_type: multiple_choice\n" + common + "doc_to_text: '{{question}}'\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    (folder / "tasks" / "rolling.yaml").write_text(
+        "task: rolling\noutput_type: loglikelihood_rolling\n" + common + "doc_to_text: ''\ndoc_to_target: '{{question}} w3 w4 w5 w6 w7 w8 w9 w10'\n"
+        "metric_list: [{metric: word_perplexity}]\n"
+    )
+    (folder / "tasks" / "written.yaml").write_text(
+        "task: written\noutput_type: generate_until\n" + common + "doc_to_text: '{{question}}'\ndoc_to_target: '{{choices[0]}}'\n"
+        "generation_kwargs: {until: [' w1 '], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["mdlm", "bd3lm", "gumbel", "ar"])
+def test_every_student_is_a_model_of_the_harness(world: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    arguments = ["zero-shot", "--student", str(world / kind), "--tasks", "choice,rolling,written", "--task_folder", str(world / "tasks"),
+                 "--output", str(tmp_path), "--draws", "4", "--device", "cpu"]  # fmt: skip
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    found = json.loads(next((tmp_path / "zero-shot").glob("*.json")).read_text())
+    assert 0 <= found["results"]["choice"]["acc,none"] <= 1 and found["results"]["rolling"]["word_perplexity,none"] > 1
+    assert ("understate it" in out) == (kind == "gumbel") and ("likelihood: exact" in out) == (kind == "ar")
+    kept = next((tmp_path / "zero-shot").glob("*.jsonl"))
+    before = kept.read_bytes()
+    assert main(arguments) == 0 and kept.read_bytes() == before and len(before.splitlines()) == 5 * 3 + 5 + 5
+
+
+def test_what_cannot_be_scored_is_one_clear_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        ("mdlm", ["--draws", "0"], "draws is 0"), ("mdlm", ["--noise_temperature", "0.5"], "takes no noise"),
+        ("mdlm", ["--tasks", ","], "tasks is ','"), ("heldout", [], "is neither a student"),
+    ]  # fmt: skip
+    for name, options, message in cases:
+        assert main(["zero-shot", "--student", str(world / name), "--output", str(tmp_path), "--device", "cpu", *options]) == 1, message
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
