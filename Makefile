@@ -13,11 +13,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-faults lint constraints clean-demo
+.PHONY: help install demo demo-data ground-truth ablation test test-faults fuzz lint constraints clean-demo
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
-	@echo "Targets: demo test test-faults lint install constraints clean-demo"
+	@echo "Targets: demo ground-truth ablation test test-faults fuzz lint install constraints clean-demo"
 
 install: $(STAMP)
 
@@ -30,7 +30,13 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $(STAMP)
 
 # Every command below continues where it was stopped and does nothing when it is done.
-demo: $(STAMP)
+demo: demo-data
+	$(BIN)/python -m trainer --config recipes/demo_mdlm.yaml
+	$(BIN)/python -m trainer --config recipes/demo_mdlm_gumbel.yaml
+	$(BIN)/python -m trainer --config recipes/demo_mdlm_independent.yaml
+	$(BIN)/python -m eval report --config recipes/demo_report.yaml
+
+demo-data: $(STAMP)
 	$(BIN)/python -m pipeline tokenizer --config recipes/demo.yaml
 	$(BIN)/python -m pipeline extract --config recipes/demo.yaml --noise.extraction none --output $(RUN)/text
 	$(BIN)/python -m pipeline extract --config recipes/demo.yaml --noise.extraction none --corpus.split held_out --output $(RUN)/text-heldout
@@ -38,10 +44,15 @@ demo: $(STAMP)
 	$(BIN)/python -m trainer --config recipes/demo_judge.yaml
 	$(BIN)/python -m pipeline extract --config recipes/demo.yaml
 	$(BIN)/python -m pipeline extract --config recipes/demo.yaml --corpus.split held_out --output $(RUN)/heldout
-	$(BIN)/python -m trainer --config recipes/demo_mdlm.yaml
-	$(BIN)/python -m trainer --config recipes/demo_mdlm_gumbel.yaml
-	$(BIN)/python -m trainer --config recipes/demo_mdlm_independent.yaml
-	$(BIN)/python -m eval report --config recipes/demo_report.yaml
+
+# Languages of which everything is known: where parallel decoding fails, and what noise repairs.
+ground-truth: $(STAMP)
+	$(BIN)/python -m eval truth --config recipes/demo_truth.yaml
+
+# Every part of every student, over seeds; hours. Writes docs/results.md.
+ablation: demo-data
+	$(BIN)/python -m pipeline generate --config recipes/demo_generate.yaml --generate.rows 40960
+	$(BIN)/python -m eval ablation --config recipes/demo_ablation.yaml
 
 clean-demo:
 	rm -rf $(RUN)
@@ -57,6 +68,11 @@ test: lint
 # Real clusters whose workers, nodes and drivers are killed; several minutes.
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults
+
+# The readers of files from strangers, guided by coverage, an hour each; needs `pip install atheris`.
+fuzz: $(STAMP)
+	mkdir -p runs/fuzz
+	$(BIN)/python -m tests.noise.fuzz $(or $(TARGET),shard) runs/fuzz tests/corpus/$(or $(TARGET),shard) -max_total_time=3600 -max_len=20000 -timeout=20
 
 constraints:
 	{ head -1 constraints.txt; $(PIP) freeze --exclude-editable | sed 's/ @ .*//; s/+[a-z0-9.]*$$//'; } > constraints.new
