@@ -34,7 +34,13 @@ The data flow of this room, one file each:
     inspect     what a dataset is, in words or JSON
     glimpse     a look into a few of its shards: rows with their text, kept entries by position
     uses        which students and objectives it feeds, which not, and why
-    card        README.md of a dataset
+    card        README.md of a dataset; bare_reader: the Python in it, which needs pyarrow and numpy alone
+    derive      whole shards of other datasets, byte for byte: merge, subset, split
+    rewrite     the same rows in new files: reshard, some rows, another format version or compression
+    dense       noise as numbers
+    transfer    push and pull, in the published form
+    stages      the commands that take a recipe; sharing: those that need none; lease: one driver at a time
 
     python -m pipeline tokenizer|plan|extract|generate|verify|replay|inspect|status --config recipes/demo.yaml
+    python -m pipeline merge|subset|split|reshard|convert|export|card|push|pull DATASET ...
 """
