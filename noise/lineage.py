@@ -11,6 +11,7 @@ change its place and not its bytes.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from noise.storage import DatasetError
 
 LAST = 2**62
 """Behind any number of a shard."""
+MOST_SPANS = 2**20
+"""Runs of shards with one maker; a stranger's identity could claim more than memory holds."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,16 @@ def _taken(identity: Identity) -> list[Span]:
     of_parents = [spans(parent) for parent in identity["parents"]]
     found: list[Span] = []
     for source in identity["sources"]:
+        of = of_parents[source["parent"]]
         for first, stop in source["shards"]:
-            for span in of_parents[source["parent"]]:
+            begin = max(0, bisect_right(of, first, key=lambda span: span.first) - 1)
+            for span in itertools.takewhile(lambda span, stop=stop: span.first < stop, of[begin:]):  # type: ignore[misc]
                 low, high = max(first, span.first), min(stop, span.stop)
                 if low < high:
                     place = found[-1].stop if found else 0
                     found.append(Span(place, place + high - low, span.made_by, place - low + span.shift))
+            if len(found) > MOST_SPANS:
+                raise ValueError(f"more than {MOST_SPANS:,} runs of shards")
     return found
 
 

@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor
 
 from noise.identity import identity_hash
+from noise.seal import copy_tokenizer
 from noise.storage import DatasetError, read_json, write_json, write_text
 from trainer import checkpoint
 from trainer.standalone import lines_of
@@ -59,7 +60,7 @@ def export(folder: Path, output: Path, which: str = "") -> None:
                 shutil.copy(folder / name, temporary / name)
     tokenizer = folder / "tokenizer"
     if tokenizer.is_dir():
-        shutil.copytree(tokenizer, temporary / "tokenizer")
+        copy_tokenizer(tokenizer, temporary / "tokenizer")
     save_tensors(temporary / "model.safetensors", weights)
     about = read_json(folder / "student.json")
     provenance = about.get("provenance", {})
