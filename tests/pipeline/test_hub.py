@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from noise.dataset import Manifest
 from noise.folder import Folder
@@ -48,6 +50,15 @@ def test_some_shards_and_a_revision_are_pulled(dataset: Path, hub: Hub, tmp_path
     assert len(verify(tmp_path / "some").receipts) == 1
     with pytest.raises(DatasetError, match="there is no revision elsewhere"):
         Manifest.read(THERE + "@elsewhere")
+
+
+def test_students_read_it_straight_from_there(dataset: Path, hub: Hub, tmp_path: Path) -> None:
+    assert main(["push", str(dataset), "--output", THERE]) == 0
+    ours, theirs = NoiseDataset(THERE, cache=tmp_path / "cache"), NoiseDataset(dataset)
+    rows = np.arange(len(theirs))
+    assert torch.equal(ours.batch(rows).input_ids_BL, theirs.batch(rows).input_ids_BL)
+    assert torch.equal(ours.batch(rows).noise_at(torch.arange(1, 9)), theirs.batch(rows).noise_at(torch.arange(1, 9)))
+    assert {path.suffix for path in (tmp_path / "cache").iterdir() if path.name != "lock"} == {".arrow"}
 
 
 def test_what_is_not_there_or_not_yours_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
