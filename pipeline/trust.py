@@ -95,26 +95,28 @@ def claims(folder: Folder, manifest: Manifest, measured: bool) -> list[str]:
     lines = []
     if teacher := identity.get("teacher"):
         weights = str(teacher.get("weights_sha256"))[:16] if isinstance(teacher, dict) else "?"
-        lines.append(f"the teacher's name, {_brief(environment.get('teacher'))} (weights sha256 {weights}), and its licence: {licence(folder)}")
+        lines.append(
+            f"the teacher's name, {_brief(environment.get('teacher'))} (weights sha256 {weights}), and its licence: {licence(folder, 'teacher_license')}"
+        )
     if teacher and not measured:
         lines.append("that log-probs and kept entries are that teacher's, and that no entry that should have been kept is missing")
     files = sum(len(part["corpus"]["files"]) for part in roots(identity) if _has_files(part))
     if files:
         lines.append(
-            f"that the text is that of {files:,} corpus files, which the identity names with their hashes; where it is from, and its licence"
+            f"that the text is that of {files:,} corpus files, which the identity names with their hashes; where it is from, and its licence: {licence(folder, 'license')}"
         )
     lines.append("hardware, versions and timings (environment, run.jsonl)")
     return lines
 
 
-def licence(folder: Folder) -> str:
-    """As the card's header has it."""
+def licence(folder: Folder, field: str) -> str:
+    """As the card's header has it, of the text (`license`) or the teacher (`teacher_license`)."""
     import yaml
 
     try:
         header = folder.read("README.md")[:HEADER].decode(errors="replace").split("---")[1]
         said = yaml.safe_load(header)
-        return f"{_brief(said['license'])}, the card says" if isinstance(said, dict) and said.get("license") else "not stated"
+        return f"{_brief(said[field])}, the card says" if isinstance(said, dict) and said.get(field) else "not stated"
     except (OSError, IndexError, DatasetError, yaml.YAMLError, RecursionError, ValueError):
         return "not stated"
 
