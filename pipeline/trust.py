@@ -95,15 +95,15 @@ def claims(folder: Folder, manifest: Manifest, measured: bool) -> list[str]:
     lines = []
     if teacher := identity.get("teacher"):
         weights = str(teacher.get("weights_sha256"))[:16] if isinstance(teacher, dict) else "?"
-        lines.append(
-            f"the teacher's name, {_brief(environment.get('teacher'))} (weights sha256 {weights}), and its licence: {licence(folder, 'teacher_license')}"
-        )
+        named = f"the teacher's name, {_brief(environment.get('teacher'))} (weights sha256 {weights})"
+        lines.append(f"{named}, and its licence: {licence(folder, 'teacher_license')}")
     if teacher and not measured:
         lines.append("that log-probs and kept entries are that teacher's, and that no entry that should have been kept is missing")
     files = sum(len(part["corpus"]["files"]) for part in roots(identity) if _has_files(part))
     if files:
         lines.append(
-            f"that the text is that of {files:,} corpus files, which the identity names with their hashes; where it is from, and its licence: {licence(folder, 'license')}"
+            f"that the text is that of {files:,} corpus files, which the identity names with their hashes; where it is from, and its licence: "
+            + licence(folder, "license")
         )
     lines.append("hardware, versions and timings (environment, run.jsonl)")
     return lines
