@@ -128,7 +128,7 @@ def driving(folder: Folder) -> Iterator[None]:
                 message = str(error)
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # whatever the driver waits for
                 return
-            except OSError:  # a store out of order: the next beat tells
+            except (OSError, DatasetError):  # a store out of order, or driver.json read while it was replaced: the next beat tells
                 continue
 
     thread = threading.Thread(target=renew, daemon=True)
