@@ -69,10 +69,7 @@ class MaskedWriter:
         self.device, self.seed, self.padded = device_of(config.device), config.seed, False
         self.student = load_masked(config.student, self.device)
         nfe = config.nfe or (DEFAULT_NFE if config.sampler in ("even", "ancestral") else 0)
-        self.decoding = Decoding(
-            nfe, config.temperature, config.noise_temperature, config.nucleus, resolve_output(config.choose, self.student), config.order,
-            config.top_k, config.sampler, config.fresh_noise, config.student_weight,
-        )  # fmt: skip
+        self.decoding = _decoding(config, self.student, nfe)
         if bool(config.auxiliary) != (config.sampler == "adaptive"):
             raise ValueError(
                 f"sampler is {config.sampler} and auxiliary {config.auxiliary!r}; adaptive needs a small causal LM, the others take none"
@@ -114,10 +111,7 @@ class BlockWriter:
         if config.auxiliary:
             raise ValueError(f"auxiliary is {config.auxiliary!r}, but a bd3lm student is sampled within blocks, without a small model; drop it")
         nfe = config.nfe or (self.student.block_size if config.sampler in ("even", "ancestral") else 0)
-        self.decoding = Decoding(
-            nfe, config.temperature, config.noise_temperature, config.nucleus, resolve_output(config.choose, self.student), config.order,
-            config.top_k, config.sampler, config.fresh_noise, config.student_weight,
-        )  # fmt: skip
+        self.decoding = _decoding(config, self.student, nfe)
         self.eos, self.keep = config.eos if config.eos >= 0 else None, config.keep_blocks or None
         self.vocab_size, self.longest, self.asked = self.student.vocab_size, max(config.length, self.student.block_length), 0
         self.label = f"blocks-{config.sampler}" + (f"-nfe{nfe}" if nfe else "")
@@ -175,6 +169,13 @@ class CausalWriter:
         ids_BL = self.lm.write(given_BL.clamp_min(0), given_B, given_BL.shape[1], sequence_id_B, self.seed, self.decoding)
         past_BL = torch.arange(ids_BL.shape[1]) >= length_B[:, None]
         return ids_BL.masked_fill(past_BL, 0), length_B, length_B - given_B
+
+
+def _decoding(config: SampleConfig, student: Any, nfe: int) -> Decoding:
+    return Decoding(
+        nfe, config.temperature, config.noise_temperature, config.nucleus, resolve_output(config.choose, student), config.order,
+        config.top_k, config.sampler, config.fresh_noise, config.student_weight,
+    )  # fmt: skip
 
 
 def _trained_tokenizer(provenance: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ The data flow of this room, one file each:
     seal        what no shard's hash covers: the manifest's own hash, and those of the small files
     unpacked    how much memory a record batch takes, read before Arrow unpacks it
     folder      where a dataset is: this machine or a store, behind the few operations that a dataset needs
+    local       such a folder on this machine; bucket: at s3:// or gs://
     stores      s3:// and gs://: addresses, retries, errors in words
     hub         hf://: a dataset on the Hugging Face Hub
     storage     atomic writes and hashes

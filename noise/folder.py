@@ -13,24 +13,17 @@ leaves parts that nobody sees but the bill: give the bucket a rule that aborts i
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import hashlib
 import io
 import mmap
-import os
-import shutil
-import stat
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
-from pyarrow import fs
 
 from noise import storage, stores
 from noise.secrets import refuse_secrets
@@ -53,6 +46,8 @@ class Folder(ABC):
         """The folder at a path or URI. Raises DatasetError for a scheme that nothing here writes to."""
         if isinstance(where, Folder):
             return where
+        from noise.local import LocalFolder
+
         scheme = stores.URI.fullmatch(str(where))
         if scheme is None:
             return LocalFolder(Path(where))
@@ -65,6 +60,8 @@ class Folder(ABC):
             return HubFolder(str(where))
         if scheme[1] not in stores.SCHEMES:
             raise DatasetError(f"{where}: a dataset is on this machine, or at s3://, gs:// or hf://; nothing here reads or writes {scheme[1]}://")
+        from noise.bucket import StoreFolder
+
         return StoreFolder(str(where))
 
     def begin(self, private: bool, dry_run: bool) -> None:  # noqa: B027
@@ -154,150 +151,16 @@ class Folder(ABC):
 Where: TypeAlias = Folder | Path | str
 
 
-class LocalFolder(Folder):
-    publishes_again = False
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._checked: set[str] = set()
-
-    def __str__(self) -> str:
-        return str(self._path)
-
-    def absolute(self) -> str:
-        return str(self._path.resolve())
-
-    def path(self, name: str) -> str:
-        return str(self._path / name)
-
-    def read(self, name: str) -> bytes:
-        return storage.read_small(self._within(name))
-
-    def _within(self, name: str) -> Path:
-        """Where a file of this folder is, to be read. Raises DatasetError where a link leads out of the folder, or it is no file.
-
-        Links to where the hub's client keeps the files of a snapshot are its own.
-        """
-        path, (above, _, _) = self._path / name, name.rpartition("/")
-        mode = path.lstat().st_mode
-        if stat.S_ISREG(mode) and above in self._checked:
-            return path
-        here, real = self._path.resolve(), path.resolve()
-        kept = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
-        if not (real.is_relative_to(here) or real.is_relative_to(kept)):
-            raise DatasetError(f"{path} is a link that leads out of the dataset, to {real}; put the file itself there if you trust it")
-        if not real.is_file():
-            raise DatasetError(f"{path} is not a file")
-        if stat.S_ISREG(mode):
-            self._checked.add(above)
-        return path
-
-    def read_all(self, names: Iterable[str]) -> list[bytes]:
-        return [self.read(name) for name in names]
-
-    def append(self, name: str, content: bytes) -> bool:
-        self._path.mkdir(parents=True, exist_ok=True)
-        with (self._path / name).open("ab") as file:
-            file.write(content)
-        return True
-
-    def remove_leftovers(self, before: float) -> None:
-        for folder in (self._path, self._path / "shards", self._path / "tokenizer"):
-            storage.remove_leftovers(folder, before)
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        try:
-            with os.scandir(self._path / folder) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        except FileNotFoundError:
-            return {}
-
-    def exists(self, name: str) -> bool:
-        return (self._path / name).exists()
-
-    def put(self, name: str, content: bytes) -> None:
-        with storage.atomic_file(self._path / name) as file:
-            file.write(content)
-
-    def put_new(self, name: str, content: bytes) -> bool:
-        with storage.temporary_file(self._path / name) as file:
-            file.write(content)
-            return storage.place_new(file, self._path / name)
-
-    def remove(self, name: str) -> None:
-        (self._path / name).unlink(missing_ok=True)
-
-    def draft(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        return storage.temporary_file(self._path / name)
-
-    def publish(self, draft: BinaryIO, name: str) -> None:
-        storage.place(draft, self._path / name)
-
-    def holds(self, draft: BinaryIO, name: str, sha256: str) -> bool:
-        path = self._path / name
-        return os.path.samestat(path.stat(), os.fstat(draft.fileno())) or storage.sha256_file(path) == sha256
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # no plan here, or a file system without locks
-                file = held.enter_context((self._path / "plan.json").open("r+b"))  # NFS locks only what is open for writing
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def map(self, name: str) -> Any:
-        return pa.memory_map(str(self._within(name)))
-
-    def download(self, name: str, file: BinaryIO) -> None:
-        file.seek(0)
-        with self._within(name).open("rb") as source:
-            shutil.copyfileobj(source, file, PIECE)
-        file.truncate()
-        file.flush()
-
-    def fetched(self, name: str) -> Path:
-        for file in self.sizes(name):
-            self._within(f"{name}/{file}")
-        return self._path / name
-
-
-class StoreFolder(Folder):
-    """Errors that pass by themselves are waited out; others are `stores.StoreError`, which names the file and the way out."""
+class RemoteFolder(Folder):
+    """What is alike wherever there are no files to map and no locks: shards are read from copies, small files many at a time."""
 
     publishes_again = True
 
-    def __init__(self, address: str):
-        before, path, self._options = stores.split(address)
-        self._before = before
-        self._place = path.strip("/")
-        self._client, authority = stores.client(before + self._options)
-        self._prefix = f"{authority}{self._place}/" if self._place else authority
+    def __init__(self) -> None:
         self._copies: dict[str, tempfile.TemporaryDirectory[str]] = {}
-        self._has_bucket = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StoreFolder, (str(self),)
-
-    def __str__(self) -> str:
-        return self._before + self._place + self._options
 
     def absolute(self) -> str:
         return str(self)
-
-    def path(self, name: str) -> str:
-        return f"{self._before}{self._place}/{name}" if self._place else self._before + name
-
-    def read(self, name: str) -> bytes:
-        def fetch() -> bytes:
-            parts, size = [], 0
-            with self._client.open_input_stream(self._prefix + name) as stream:
-                while part := stream.read(PIECE):
-                    parts.append(part)
-                    if (size := size + len(part)) > storage.LARGEST_FILE:
-                        raise DatasetError(f"{self.path(name)} is too large: no file of a dataset but its shards has {storage.LARGEST_FILE:,} bytes")
-            return b"".join(parts)
-
-        return stores.patiently(fetch, self.path(name))
 
     def read_all(self, names: Iterable[str]) -> list[bytes]:
         with ThreadPoolExecutor(READERS) as pool:
@@ -307,63 +170,7 @@ class StoreFolder(Folder):
         return False
 
     def remove_leftovers(self, before: float) -> None:
-        """Drafts have no names here, and parts of an upload that died are not to be seen."""
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        selector = fs.FileSelector((self._prefix + folder).rstrip("/"), allow_not_found=True)
-        found = stores.patiently(lambda: self._client.get_file_info(selector), self.path(folder))
-        return {info.base_name: info.size for info in found if info.is_file}
-
-    def exists(self, name: str) -> bool:
-        """Raises StoreError where there is not even a bucket."""
-        if stores.patiently(lambda: self._client.get_file_info(self._prefix + name), self.path(name)).is_file:
-            return True
-        if not self._has_bucket:
-            bucket = self._prefix.split("/")[0]
-            found = stores.patiently(lambda: self._client.get_file_info(bucket), self._before)
-            if found.type == fs.FileType.NotFound:
-                raise stores.StoreError(errno.ENOENT, stores.in_words(OSError("bucket does not exist"), self._before), str(self))
-            self._has_bucket = True
-        return False
-
-    def put(self, name: str, content: bytes) -> None:
-        self._put(name, pa.py_buffer(content))
-
-    def _put(self, name: str, content: pa.Buffer) -> None:
-        """In one write: pyarrow completes an upload when its stream is let go, even by an error, so a part must never be all it was given."""
-
-        def upload() -> None:
-            with self._client.open_output_stream(self._prefix + name) as stream:
-                stream.write(content)
-
-        stores.patiently(upload, self.path(name))
-
-    def put_new(self, name: str, content: bytes) -> bool:
-        if self.exists(name):
-            return False
-        self.put(name, content)
-        return True
-
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            stores.patiently(lambda: self._client.delete_file(self._prefix + name), self.path(name))
-
-    def draft(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        return tempfile.TemporaryFile()
-
-    def publish(self, draft: BinaryIO, name: str) -> None:
-        draft.flush()
-        self._put(name, mapped(draft))
-
-    def holds(self, draft: BinaryIO, name: str, sha256: str) -> bool:
-        def read_back() -> str:
-            digest = hashlib.sha256()
-            with self._client.open_input_stream(self._prefix + name) as stream:
-                while piece := stream.read(PIECE):
-                    digest.update(piece)
-            return digest.hexdigest()
-
-        return stores.patiently(read_back, self.path(name)) == sha256
+        """Drafts have no names here, and what died on its way is not to be seen."""
 
     def lock(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
@@ -372,17 +179,6 @@ class StoreFolder(Folder):
         with tempfile.TemporaryFile() as copy:
             self.download(name, copy)
             return pa.BufferReader(mapped(copy))
-
-    def download(self, name: str, file: BinaryIO) -> None:
-        def copy() -> None:
-            file.seek(0)
-            with self._client.open_input_stream(self._prefix + name) as stream:
-                while piece := stream.read(PIECE):
-                    file.write(piece)
-            file.truncate()
-            file.flush()
-
-        stores.patiently(copy, self.path(name))
 
     def fetched(self, name: str) -> Path:
         if name not in self._copies:

@@ -13,14 +13,11 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-
-from noise.folder import READERS, Folder, mapped
+from noise.folder import RemoteFolder
 from noise.storage import DatasetError, read_small
 
 ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/?")
@@ -28,10 +25,11 @@ A_COMMIT = 256
 """Files in one commit."""
 
 
-class HubFolder(Folder):
-    publishes_again = True
+class HubFolder(RemoteFolder):
+    """Errors of the client are DatasetError in words, FileNotFoundError for what is not there."""
 
     def __init__(self, address: str):
+        super().__init__()
         found = ADDRESS.fullmatch(address)
         if found is None:
             raise DatasetError(f"{address}: a dataset on the hub is named hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME@REVISION")
@@ -49,9 +47,6 @@ class HubFolder(Folder):
         return HubFolder, (self._address,)
 
     def __str__(self) -> str:
-        return self._address
-
-    def absolute(self) -> str:
         return self._address
 
     def path(self, name: str) -> str:
@@ -94,16 +89,6 @@ class HubFolder(Folder):
     def read(self, name: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             return read_small(self._local(name, folder))
-
-    def read_all(self, names: Iterable[str]) -> list[bytes]:
-        with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(self.read, names))
-
-    def append(self, name: str, content: bytes) -> bool:
-        return False
-
-    def remove_leftovers(self, before: float) -> None:
-        """There are none: what is not committed is not seen."""
 
     def sizes(self, folder: str) -> dict[str, int]:
         from huggingface_hub import RepoFile, errors
@@ -170,22 +155,9 @@ class HubFolder(Folder):
     def holds(self, draft: BinaryIO, name: str, sha256: str) -> bool:
         raise DatasetError(f"{self._address}: a dataset is not made on the hub; make it in a folder or on a store, and `push` it")
 
-    def lock(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
-
-    def map(self, name: str) -> Any:
-        with tempfile.TemporaryFile() as copy:
-            self.download(name, copy)
-            return pa.BufferReader(mapped(copy))
-
     def download(self, name: str, file: BinaryIO) -> None:
         with tempfile.TemporaryDirectory() as folder, self._local(name, folder).open("rb") as source:
             file.seek(0)
             shutil.copyfileobj(source, file)
             file.truncate()
             file.flush()
-
-    def fetched(self, name: str) -> Path:
-        with self._in_words(name):
-            folder = self._api.snapshot_download(**self._where, allow_patterns=f"{name}/*")
-        return Path(folder) / name

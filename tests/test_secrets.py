@@ -91,9 +91,9 @@ def test_credentials_in_the_environment_reach_no_object_no_line_and_no_error(
 
 def test_a_library_that_quotes_a_secret_in_its_error_is_cleaned_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", SENTINEL)
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/someone/key.json")
-    quoted = f"401 for Bearer {SENTINEL} at https://me:{SENTINEL}@host/x?a=1&token={SENTINEL}&b=2, see /home/someone/key.json"
-    clean = "401 for Bearer *** at https://***@host/x?a=1&token=***&b=2, see /home/someone/key.json"
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "keys/key.json")
+    quoted = f"401 for Bearer {SENTINEL} at https://me:{SENTINEL}@host/x?a=1&token={SENTINEL}&b=2, see keys/key.json"
+    clean = "401 for Bearer *** at https://***@host/x?a=1&token=***&b=2, see keys/key.json"
     assert redacted(quoted) == printable(quoted) == clean
     assert SENTINEL not in str(stores.in_words(OSError(quoted), "s3://bucket"))
     with RunLog(tmp_path) as log:
@@ -106,7 +106,7 @@ def test_addresses_without_credentials_are_left_alone() -> None:
     for address in (
         "s3://bucket/folder?endpoint_override=127.0.0.1:9000&scheme=http&region=us-east-1",
         "hf://datasets/owner/name@main/data/*.parquet",
-        "/home/me@work/token=1/x.txt",
+        "texts/me@work/token=1/x.txt",
         "gs://bucket/tokens/secret.txt",
         "owner/model",
     ):

@@ -24,7 +24,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from noise.folder import Folder, LocalFolder
+from noise.folder import Folder
+from noise.local import LocalFolder
 from noise.receipt import Receipt
 from noise.storage import DatasetError, sha256_file, sync_folder
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from noise.dataset import Manifest
-from noise.folder import Folder, LocalFolder
+from noise.folder import Folder
+from noise.local import LocalFolder
 from noise.shard import ROWS_PER_BATCH, Rows, ShardReader
 from noise.sketch import Codec, Sketch
 from noise.storage import DatasetError

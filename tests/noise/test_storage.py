@@ -19,9 +19,11 @@ from typing import Any, BinaryIO
 import pytest
 
 from noise import storage, stores
+from noise.bucket import StoreFolder
 from noise.commit import commit_shard
 from noise.dataset import Manifest, Plan, open_shard
-from noise.folder import Folder, LocalFolder, StoreFolder
+from noise.folder import Folder
+from noise.local import LocalFolder
 from noise.receipt import Receipt, committed, listed
 from noise.sketch import Codec
 from noise.storage import DatasetError, sha256_file

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from noise.dataset import Manifest, Plan, open_shard, root_hash
-from noise.folder import LocalFolder
+from noise.local import LocalFolder
 from noise.receipt import shard_name
 from noise.storage import DatasetError
 from pipeline import glimpse, trust

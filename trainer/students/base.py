@@ -7,6 +7,7 @@ state of its own; `persistent=False` leaves one out.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from trainer.config import NoiseConfig, StudentConfig
 from trainer.data import Batch, Dataset
 
 
-class Base(nn.Module):
+class Base(nn.Module, ABC):
     """A student without its layers and its loss."""
 
     config: StudentConfig
@@ -32,9 +33,9 @@ class Base(nn.Module):
     """The dataset it learnt from, and its figures; of a loaded student."""
 
     @property
+    @abstractmethod
     def figure_names(self) -> list[str]:
         """Names of the figures that `forward` returns, in training and evaluation alike."""
-        raise NotImplementedError
 
     @property
     def compiled_parts(self) -> Iterable[nn.Module]:
