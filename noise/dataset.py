@@ -21,7 +21,7 @@ from noise.identity import CODEC_FIELDS, Identity, check_identity, differences, 
 from noise.lineage import Span, grows_from, origin, spans
 from noise.receipt import OPTIONAL, TOTALS, Receipt, committed, read_receipt
 from noise.seal import sealed, write_seal
-from noise.shard import ShardMetadata, ShardReader
+from noise.shard import ROWS_PER_BATCH, ShardMetadata, ShardReader
 from noise.sketch import Codec
 from noise.storage import DatasetError, sha256_text
 
@@ -206,4 +206,6 @@ def _open_shard(folder: Folder, receipt: Receipt, expected: tuple[str, int], che
     ours = reader.metadata
     if (ours.identity_hash, ours.shard) != expected:
         raise DatasetError(f"{path} belongs to another dataset: its identity_hash is {ours.identity_hash[:16]}..., its shard {ours.shard}")
+    if reader.batches != -(-receipt.rows // ROWS_PER_BATCH):
+        raise DatasetError(f"{path} has {reader.batches} record batches, too few or too many for the {receipt.rows:,} rows of its receipt; {WAY_OUT}")
     return reader

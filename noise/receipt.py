@@ -59,6 +59,8 @@ class Receipt:
         return {name: value[name] for name in value if value[name] or name not in ("tokens_dropped", "quarantined")}
 
 
+MOST_ROWS = 2**32
+"""Of a shard: sequence ids are shard * 2^32 + row."""
 OPTIONAL = ("tokens_dropped", "rows_quarantined", "tokens_quarantined")
 """Totals that are left out where they are 0."""
 TOTALS = tuple(field.name for field in fields(Receipt) if field.type in ("int", "float") and field.name not in ("shard", "tokens_dropped"))
@@ -104,6 +106,8 @@ def read_receipt(value: Any, name: str) -> Receipt:
     receipt = Receipt(**checked_fields(Receipt, {"tokens_dropped": 0} | value, name, beside=("quarantined",)), quarantined=_quarantined(value, name))
     if receipt.file not in (shard_name(receipt.shard), published_name(receipt.shard)):
         raise DatasetError(f"{name}: receipt of shard {receipt.shard} names the file {receipt.file!r}")
+    if receipt.rows > MOST_ROWS:
+        raise DatasetError(f"{name}: shard {receipt.shard} has {receipt.rows:,} rows, a shard has at most {MOST_ROWS:,}")
     if not re.fullmatch("[0-9a-f]{64}", receipt.sha256):
         raise DatasetError(f"{name}: sha256 is {brief(receipt.sha256)}, expected 64 hexadecimal digits")
     return receipt

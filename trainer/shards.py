@@ -110,8 +110,10 @@ class NoiseDataset:
         if self._cache is None:
             return np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64)
         shards = np.unique(np.linspace(0, len(self._rows_S) - 1, min(self.window, 4)).astype(np.int64))
-        rows = np.concatenate([np.arange(self._starts[shard], self._starts[shard + 1]) for shard in shards])
-        return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)]
+        upto = np.cumsum(self._rows_S[shards])
+        place = np.linspace(0, upto[-1] - 1, min(count, upto[-1])).astype(np.int64)
+        which = np.searchsorted(upto, place, side="right")
+        return place - (upto - self._rows_S[shards])[which] + self._starts[shards[which]]
 
     def order(self, seed: int) -> Order:
         return Order(self._rows_S, seed, self.window)
@@ -159,8 +161,7 @@ class _Mapped:
     """The shards that are mapped, and a table of where their record batches begin."""
 
     def __init__(self, rows_S: Array, limit: int, reader: Any):
-        self._limit, self._reader_of = max(1, limit), reader
-        self._batches = max(1, -(-int(rows_S.max(initial=1)) // ROWS_PER_BATCH))
+        self._limit, self._reader_of, self._rows_S = max(1, limit), reader, rows_S
         self._slot_S, self._used_S = np.full(len(rows_S), -1, np.int64), np.zeros(len(rows_S), np.int64)
         self._tick = 0
         self._lock = threading.Lock()
@@ -168,15 +169,15 @@ class _Mapped:
         self._strides = np.zeros((0, gather.COLUMNS), np.int64)
         self._open: list[_OpenShard | None] = []
         self._seed = np.zeros(0, np.int64)
-        self._address = np.zeros((0, self._batches, gather.COLUMNS), np.int64)
-        self._widths_at = np.zeros((0, self._batches), np.int64)
+        self._address = np.zeros((0, 0, gather.COLUMNS), np.int64)
+        self._widths_at = np.zeros((0, 0), np.int64)
 
-    def _grow(self, slots: int) -> None:
-        """Room for more shards."""
-        self._open += [None] * slots
-        for name in ("_seed", "_address", "_widths_at"):
-            before = getattr(self, name)
-            setattr(self, name, np.concatenate((before, np.zeros((slots, *before.shape[1:]), np.int64))))
+    def _grow(self, slots: int, batches: int) -> None:
+        """Room for so many shards, of so many record batches each."""
+        self._open += [None] * (slots - len(self._open))
+        self._seed = _grown(self._seed, (slots,))
+        self._address = _grown(self._address, (slots, batches, gather.COLUMNS))
+        self._widths_at = _grown(self._widths_at, (slots, batches))
 
     def locate(self, shard_B: Array, within_B: Array) -> Located:
         number_B, place_B = np.divmod(within_B, ROWS_PER_BATCH)
@@ -215,18 +216,17 @@ class _Mapped:
         excess = max(0, len(open_S) + len(missing) - self._limit)
         for shard in spare[np.argsort(self._used_S[spare], kind="stable")][:excess].tolist():
             self._close(shard)
-        free = [slot for slot, shard in enumerate(self._open) if shard is None]
-        if len(free) < len(missing):
-            before = len(self._open)
-            self._grow(len(missing) - len(free))
-            free += range(before, len(self._open))
         if len(missing) == 1:
             readers = [self._reader_of(int(missing[0]))]
         else:
             with ThreadPoolExecutor(min(_OPENERS, len(missing), 2 * (os.cpu_count() or 1))) as pool:
                 readers = list(pool.map(self._reader_of, missing.tolist()))
+        free = [slot for slot, shard in enumerate(self._open) if shard is None]
+        slots = len(self._open) + max(0, len(missing) - len(free))
+        free += range(len(self._open), slots)
+        self._grow(slots, max(self._widths_at.shape[1], *(reader.batches for reader in readers)))
         for shard, slot, reader in zip(missing.tolist(), free, readers, strict=False):
-            self._open[slot] = _OpenShard(reader)
+            self._open[slot] = _OpenShard(reader, int(self._rows_S[shard]))
             self._slot_S[shard], self._seed[slot] = slot, _signed(int(reader.metadata.seed))
 
     def _close(self, shard: int) -> None:
@@ -248,13 +248,24 @@ class _Mapped:
 class _OpenShard:
     """A mapped shard and the record batches that were read from it; addresses hold as long as it does."""
 
-    def __init__(self, reader: ShardReader):
-        self._reader = reader
+    def __init__(self, reader: ShardReader, rows: int):
+        self._reader, self._rows = reader, rows
         self._batches: dict[int, Rows] = {}
 
     def batch(self, number: int) -> Rows:
-        self._batches[number] = self._reader.batch(number)
-        return self._batches[number]
+        """Rows that were counted: addresses are formed from the receipt's number, and must not lead past them."""
+        found, expected = self._reader.batch(number), min(ROWS_PER_BATCH, self._rows - number * ROWS_PER_BATCH)
+        if len(found) != expected:
+            raise DatasetError(f"{self._reader.path}: record batch {number} has {len(found)} rows, the receipt {expected}; fetch the shard again")
+        self._batches[number] = found
+        return found
+
+
+def _grown(values: Array, shape: tuple[int, ...]) -> Array:
+    """The values in the corner of an array of zeros."""
+    found = np.zeros(shape, np.int64)
+    found[tuple(map(slice, values.shape))] = values
+    return found
 
 
 def assemble(of: Any, located: Located, draw_B: Array | int, place_B: Array | None, narrow: bool, pin: bool) -> Batch:

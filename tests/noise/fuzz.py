@@ -19,6 +19,8 @@ def main() -> None:
     import torch  # noqa: F401  (imported first, so that only this project is instrumented)
 
     with atheris.instrument_imports(include=["noise", "trainer"]):
+        import trainer.shards
+        import trainer.students  # noqa: F401  (which targets import only as they run)
         from tests.noise import hostile
 
     kind = sys.argv.pop(1)

@@ -7,6 +7,7 @@ Run as a program, since a crash would end it and memory is bounded for a whole p
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import shutil
@@ -15,10 +16,16 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from noise.dataset import Manifest, Plan
+from noise.folder import Folder
 from noise.receipt import committed
+from noise.seal import read_seal
 from noise.shard import ShardReader
 from noise.storage import DatasetError
+
+VECTORS = Path(__file__).parents[1] / "vectors"
 
 
 def read_shard(path: Path) -> None:
@@ -56,19 +63,44 @@ def _read_plan(folder: Path) -> None:
         plan.metadata(0)
 
 
+def _read_seal(folder: Path) -> None:
+    read_seal(Folder.of(folder))
+
+
+STUDENT = (13, 8)
+"""Vocabulary and block length of the student whose weights lie beside any student.json."""
+
+
+@functools.cache
+def student_weights() -> bytes:
+    from safetensors.torch import save
+
+    from trainer.config import StudentConfig
+    from trainer.students import build
+
+    return save({name: tensor.contiguous() for name, tensor in build(StudentConfig(layers=1, hidden=16, heads=2), *STUDENT).own_state().items()})
+
+
 def _load_student(folder: Path) -> None:
     from trainer.students import load_student
 
+    (folder / "model.safetensors").write_bytes(student_weights())
     load_student(folder)
 
 
-def _student(path: Path) -> None:
-    """A student's folder whose student.json or model.safetensors these bytes are, told by what they begin with."""
+def _load_rows(path: Path) -> None:
+    """A manifest beside the vectors' shards: the first, a middle and the last row that it says there are, as the trainer reads them."""
+    from trainer.shards import NoiseDataset
+
     with tempfile.TemporaryDirectory() as folder:
-        is_json = path.read_bytes()[:1] in (b"{", b"[", b"")
-        shutil.copytree(path.parent / "whole", folder, dirs_exist_ok=True) if (path.parent / "whole").is_dir() else None
-        shutil.copyfile(path, Path(folder) / ("student.json" if is_json else "model.safetensors"))
-        _load_student(Path(folder))
+        whole = Path(folder) / "dataset"
+        shutil.copytree(VECTORS / "version-2", whole)
+        shutil.copyfile(path, whole / "manifest.json")
+        dataset = NoiseDataset(whole)
+        dataset.order(1).at(0, 2)
+        for row in (0, len(dataset) // 2, len(dataset) - 1):
+            batch = dataset.batch(np.array([row]))
+            (batch.input_ids_BL.sum() + batch.sketch.index_K.sum()).item()
 
 
 def read_tensors(path: Path) -> None:
@@ -84,7 +116,9 @@ TARGETS: dict[str, Callable[[Path], None]] = {
     "plan": _in_folder("plan.json", _read_plan),
     "receipt": _in_folder("shards/00000.json", committed),
     "tensors": read_tensors,
-    "student": _student,
+    "seal": _in_folder("seal.json", _read_seal),
+    "student": _in_folder("student.json", _load_student),
+    "loader": _load_rows,
 }
 
 

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from noise.receipt import committed
 from noise.seal import TOKENIZER_FILES, copy_tokenizer, sealed
 from noise.shard import ShardReader
 from noise.sketch import Codec
-from noise.storage import DatasetError
+from noise.storage import DatasetError, readable_json
 from noise.unpacked import Table, blocks
 from tests.noise import hostile
 from tests.noise.teachers import BigramTeacher, write_dataset
+from trainer.shards import NoiseDataset
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "tests" / "corpus"
@@ -192,14 +194,22 @@ def mutated(value: Any, at: int, change: Any, remove: bool) -> Any:
     return value
 
 
-@some
-@given(kind=st.sampled_from(["manifest", "plan", "receipt"]), at=st.integers(0, 200), change=hostile_json, remove=st.booleans(), honest=st.booleans())
+@settings(some, max_examples=300)
+@given(
+    kind=st.sampled_from(["manifest", "plan", "receipt", "loader", "seal", "student"]),
+    at=st.integers(0, 200),
+    change=hostile_json,
+    remove=st.booleans(),
+    honest=st.booleans(),
+)
 def test_json_with_any_value_in_any_place_is_read_or_refused(kind: str, at: int, change: Any, remove: bool, honest: bool) -> None:
     """`honest`: whoever changed it also made its hashes again."""
     value = mutated(json.loads(seed(kind)), at, change, remove)
     if honest and isinstance(value.get("identity"), dict):
         value["identity_hash"] = identity_hash(value["identity"])
         value = sealed(value)
+    if honest and kind == "seal":
+        value = sealed(value, "seal_hash")
     assert hostile.of_bytes(kind, json.dumps(value).encode()) in FINE
 
 
@@ -229,6 +239,35 @@ def test_a_student_that_says_it_is_larger_than_its_weights_is_refused_before_it_
     (tmp_path / "student.json").write_text(json.dumps(about | {"vocab_size": 2**31}))
     with pytest.raises(DatasetError, match="does not describe a student"):
         load_student(tmp_path)
+
+
+def claimed(folder: Path, rows: list[int]) -> None:
+    """Have the manifest of a dataset say that its shards have so many rows; all hashes fit."""
+    value = json.loads((folder / "manifest.json").read_text())
+    for receipt, count in zip(value["receipts"], rows, strict=True):
+        receipt["rows"] = count
+    value["totals"]["rows"] = sum(rows)
+    (folder / "manifest.json").write_text(readable_json(sealed({name: field for name, field in value.items() if name != "manifest_hash"})))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([10**12, 2], "shard 0 has 1,000,000,000,000 rows, a shard has at most 4,294,967,296"),
+        ([2**32, 2], "has 1 record batches, too few or too many for the 4,294,967,296 rows of its receipt"),
+        ([64, 2], "record batch 0 has 3 rows, the receipt 64"),
+        ([2, 2], "record batch 0 has 3 rows, the receipt 2"),
+        ([0, 5], "record batch 0 has 2 rows, the receipt 5"),
+    ],
+)
+def test_a_manifest_that_claims_other_rows_than_there_are_leads_the_trainer_past_no_end(folder: Path, rows: list[int], message: str) -> None:
+    claimed(folder, rows)
+    tracemalloc.start()
+    with pytest.raises(DatasetError, match=message):
+        dataset = NoiseDataset(folder)
+        dataset.batch(dataset.order(1).at(0, 64)[0])
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
 
 
 # no path outside the folder

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -22,33 +23,34 @@ ROOT_HASHES = {
     "version-1": "b0e26ad389c733e9dcdbb78129efdbaf99a021684dcc51e740e164d12d2c8c8d",
     "version-2": "6f34e960fee32b6d1769e926c55a7deb0ce6954c8324a03900197135fe04940b",
     "version-2-zstd": "8edc5ced9e8435968f8605f99eadba6ee06cd41c631ae58e7276c19319876e5c",
+    "version-2-packed": "3de767202bcd4f2051bca0f9842dc5f84c9df49d1f5238bd77e1f2f1370abfb6",
 }
 """What names them for ever."""
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[tuple[int, int, int, int], dict[str, Any]]:
-    found = json.loads((VECTORS / "noise.json").read_text())
-    return {(place["shard"], place["row"], place["position"], place["draw"]): place for place in found}
+def expected(name: str) -> dict[tuple[int, int, int, int], dict[str, Any]]:
+    """By (shard, row, position, draw); `entries` are those whose words and noise are listed."""
+    found = json.loads((VECTORS / ("packed.json" if name == "version-2-packed" else "noise.json")).read_text())
+    return {(place["shard"], place["row"], place["position"], place["draw"]): {"entries": list(range(11))} | place for place in found}
 
 
 @pytest.mark.parametrize("name", ROOT_HASHES)
-def test_a_reader_of_the_page_alone_finds_the_noise(name: str, expected: dict[tuple[int, int, int, int], dict[str, Any]]) -> None:
-    seen = set()
+def test_a_reader_of_the_page_alone_finds_the_noise(name: str) -> None:
+    seen, places = set(), expected(name)
     for number, shard in enumerate(second_reader.read_dataset(VECTORS / name)):
         for row in range(len(shard.columns["length"])):
             for draw in range(shard.metadata["draws"]):
                 for n, g_V in enumerate(second_reader.noise_of_row(shard, row, draw)):
-                    place = expected[number, row, n + 1, draw]
-                    assert np.allclose(g_V, place["g"], rtol=0, atol=1e-12)
+                    place = places[number, row, n + 1, draw]
+                    assert np.allclose(g_V[place["entries"]], place["g"], rtol=0, atol=1e-12)
                     assert shard.columns["input_ids"][row, n + 1] == place["token"] and int(place["sequence_id"]) == shard.columns["sequence_id"][row]
                     seen.add((number, row, n + 1, draw))
-    assert seen == expected.keys() and len(seen) > 20
+    assert seen == places.keys() and len(seen) > 5
 
 
 @pytest.mark.parametrize("name", ROOT_HASHES)
-def test_our_own_reader_finds_it_within_float32(name: str, expected: dict[tuple[int, int, int, int], dict[str, Any]]) -> None:
-    manifest = Manifest.read(VECTORS / name)
+def test_our_own_reader_finds_it_within_float32(name: str) -> None:
+    manifest, listed = Manifest.read(VECTORS / name), expected(name)
     assert manifest.root_hash == ROOT_HASHES[name]
     for receipt in manifest.receipts:
         reader = open_shard(VECTORS / name, receipt, manifest.identity)
@@ -61,10 +63,22 @@ def test_our_own_reader_finds_it_within_float32(name: str, expected: dict[tuple[
             token_N = torch.from_numpy(rows.input_ids[has_BL].astype(np.int64))
             for draw in range(reader.metadata.draws):
                 rows_N5 = philox.rows(int(reader.metadata.seed), sequence_N, torch.from_numpy(position_N), draw)
-                places = [expected[receipt.shard, int(row), int(position), draw] for row, position in zip(row_N, position_N, strict=True)]
-                assert philox.words(rows_N5, 11).tolist() == [place["words"] for place in places]
                 g_NV = decode(sketch, token_N, rows_N5, reader.metadata.codec).numpy()
-                assert np.abs(g_NV - np.array([place["g"] for place in places])).max() < 1e-5
+                words_NV = philox.words(rows_N5, reader.metadata.vocab_size).numpy()
+                for n, (row, position) in enumerate(zip(row_N, position_N, strict=True)):
+                    place = listed[receipt.shard, int(row), int(position), draw]
+                    assert words_NV[n, place["entries"]].tolist() == place["words"]
+                    assert np.abs(g_NV[n, place["entries"]] - np.array(place["g"])).max() < 1e-5
+
+
+def test_a_large_vocabularys_entries_are_packed_as_the_page_says() -> None:
+    for place in expected("version-2-packed").values():
+        assert place["kept"] == sorted(set(place["kept"])) and set(place["kept"]) <= set(place["entries"])
+    batch = pa.ipc.open_file((VECTORS / "version-2-packed" / "shards" / "00000.arrow").read_bytes()).get_batch(0)
+    entry = batch["entry"].flatten().to_numpy()
+    places = expected("version-2-packed").values()
+    assert (entry >> 8).tolist() == [index for place in places for index in place["kept"]] and len(entry) > 10
+    assert (entry & 255).tolist() == [code for place in places for code in place["code"]]
 
 
 def test_the_worked_example_is_the_stream_round_by_round() -> None:

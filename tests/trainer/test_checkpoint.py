@@ -25,6 +25,10 @@ class Small(Base):
         self.register_buffer("clip", torch.tensor([float(seed), 1.0]))
         self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
+    @property
+    def figure_names(self) -> list[str]:
+        return []
+
 
 def stepped(seed: int = 0) -> tuple[Small, torch.optim.Optimizer]:
     student = Small(seed)
