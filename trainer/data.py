@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,9 +33,12 @@ from trainer.shards import NoiseDataset
 
 __all__ = ["Batch", "Dataset", "Mixture", "NoiseDataset", "Place", "batches", "epoch_order", "open_data", "unigram"]
 
+Array: TypeAlias = npt.NDArray[Any]
 Dataset: TypeAlias = NoiseDataset | Mixture
 AHEAD = 4
 """Batches that are made before they are asked for."""
+ORDERED = 2048
+"""Samples whose order is computed at once, where global batches are smaller."""
 
 
 def open_data(data: DataConfig) -> Dataset:
@@ -82,15 +86,15 @@ def batches(
     gather.warm()
     order: Any = dataset.order(seed)
     share = global_batch // world
+    sample = order.sample(place)
+    shares = _shares(order, sample, global_batch, rank * share, share)
 
     def make(sample: int) -> Batch:
         dataset.hold(order, sample, sample + global_batch)
-        first = sample + rank * share
-        row_B, epoch_B = order.at(first, first + share)
+        row_B, epoch_B = next(shares)
         place_B = np.arange(rank * share, (rank + 1) * share)
         return dataset.batch(row_B, epoch_B % dataset.codec.draws, place_B, narrow=narrow, pin=pin)
 
-    sample = order.sample(place)
     made: deque[tuple[Future[Batch], int]] = deque()
     thread = ThreadPoolExecutor(1, thread_name_prefix="batches ahead")
     try:
@@ -103,3 +107,19 @@ def batches(
     finally:
         thread.shutdown(cancel_futures=True)
         dataset.release()
+
+
+def _shares(order: Any, sample: int, global_batch: int, first: int, share: int) -> Iterator[tuple[Array, Array]]:
+    """(rows, epochs) [share] of samples first .. first + share - 1 of every global batch from `sample` on.
+
+    The order of many samples costs hardly more than that of a few, so that of small batches is computed for several of them.
+    """
+    together = ORDERED // global_batch
+    while together < 2:
+        yield order.at(sample + first, sample + first + share)
+        sample += global_batch
+    while True:
+        row_N, epoch_N = order.at(sample, sample + together * global_batch)
+        for start in range(first, together * global_batch, global_batch):
+            yield row_N[start : start + share], epoch_N[start : start + share]
+        sample += together * global_batch

@@ -20,7 +20,7 @@ from noise.storage import DatasetError
 from tests.noise import version_one
 from tests.noise.teachers import BigramTeacher, identity_of
 from tests.trainer.chain import transition, write_chain
-from trainer import gather
+from trainer import data, gather
 from trainer.__main__ import parse
 from trainer.data import Batch, Mixture, NoiseDataset, Place, batches, open_data, unigram
 
@@ -52,8 +52,10 @@ def equal(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_global_batches_are_the_same_on_any_number_of_processes(source, world):
+@pytest.mark.parametrize("ordered", [1, 100, 2048], ids=["each batch by itself", "two at once", "many at once"])
+def test_global_batches_are_the_same_on_any_number_of_processes(source, world, ordered, monkeypatch):
     alone = list(islice(batches(source, 5, 40, Place()), 9))  # 150 rows: epochs end inside batches 3 and 7
+    monkeypatch.setattr(data, "ORDERED", ordered)
     for step, parts in enumerate(zip(*(islice(batches(source, 5, 40, Place(), rank, world), 9) for rank in range(world)), strict=True)):
         for rank, (part, place) in enumerate(parts):
             assert equal(part, alone[step][0].split(40 // world)[rank])
