@@ -62,7 +62,7 @@ class StoreFolder(RemoteFolder):
             bucket = self._prefix.split("/")[0]
             found = stores.patiently(lambda: self._client.get_file_info(bucket), self._before)
             if found.type == fs.FileType.NotFound:
-                raise stores.StoreError(errno.ENOENT, stores.in_words(OSError("bucket does not exist"), self._before), str(self))
+                raise self._no_bucket(str(self))
             self._has_bucket = True
         return False
 
@@ -76,7 +76,13 @@ class StoreFolder(RemoteFolder):
             with self._client.open_output_stream(self._prefix + name) as stream:
                 stream.write(content)
 
-        stores.patiently(upload, self.path(name))
+        try:
+            stores.patiently(upload, self.path(name))
+        except FileNotFoundError:  # as gs:// says it
+            raise self._no_bucket(self.path(name)) from None
+
+    def _no_bucket(self, name: str) -> stores.StoreError:
+        return stores.StoreError(errno.ENOENT, stores.in_words(OSError("bucket does not exist"), self._before), name)
 
     def put_new(self, name: str, content: bytes) -> bool:
         if self.exists(name):

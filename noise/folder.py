@@ -58,7 +58,7 @@ class Folder(ABC):
             from noise.hub import HubFolder
 
             return HubFolder(str(where))
-        if scheme[1] not in stores.SCHEMES:
+        if scheme[1] not in stores.OPTIONS:
             raise DatasetError(f"{where}: a dataset is on this machine, or at s3://, gs:// or hf://; nothing here reads or writes {scheme[1]}://")
         from noise.bucket import StoreFolder
 

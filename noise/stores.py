@@ -1,6 +1,7 @@
 """s3:// and gs:// -> pyarrow's clients: how an address is read, which errors pass by themselves, and what the others mean.
 
     s3://bucket/folder?endpoint_override=host:9000&scheme=http&region=x      options come last, and never hold credentials
+    gs://bucket/folder?anonymous=true                                        what everybody may read
 
 Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS)
 or from the machine's role, on every machine that reads or writes.
@@ -14,6 +15,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -22,26 +24,44 @@ from noise.storage import DatasetError
 
 T = TypeVar("T")
 URI = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?]*)/?(.*)", re.DOTALL)
-SCHEMES = ("s3", "gs", "gcs")
-OPTIONS: dict[str, Callable[[str], Any]] = {
+
+
+def _switch(value: str) -> bool:
+    return value.lower() in ("1", "true")
+
+
+S3: dict[str, Callable[[str], Any]] = {
     "region": str,
     "endpoint_override": str,
     "scheme": str,
-    "force_virtual_addressing": lambda value: value.lower() in ("1", "true"),
+    "anonymous": _switch,
+    "force_virtual_addressing": _switch,
     "request_timeout": float,
     "connect_timeout": float,
 }
-"""Of s3://, with what reads each; timeouts in seconds."""
-TIMEOUTS = {"request_timeout": 60.0, "connect_timeout": 10.0}
+"""Options of s3://, with what reads each; timeouts in seconds."""
+GS: dict[str, Callable[[str], Any]] = {
+    "endpoint_override": str,
+    "scheme": str,
+    "anonymous": _switch,
+    "project_id": str,
+    "retry_limit_seconds": float,
+}
+"""Options of gs://; the limit is that of the client's own tries, in seconds."""
+OPTIONS = {"s3": S3, "gs": GS, "gcs": GS}
+S3_TIMEOUTS = {"request_timeout": 60.0, "connect_timeout": 10.0}
+GS_RETRY_SECONDS = 60.0
 ATTEMPTS = 6
 """Of one operation, each of which pyarrow's client has tried several times itself: about half a minute of waiting in all."""
 TRANSIENT = re.compile(
-    r"HTTP status (?:5\d\d|429|408)|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|THROTTLING|REQUEST_TIMEOUT|NETWORK_CONNECTION|curlCode|"
-    r"timed? ?out|connection reset",
+    r"HTTP status (?:5\d\d|429|408)|SLOW_DOWN|UNAVAILABLE|INTERNAL_FAILURE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|THROTTLING|REQUEST_TIMEOUT|"
+    r"NETWORK_CONNECTION|curlCode|timed? ?out|connection reset",
     re.IGNORECASE,
 )
 REFUSED = re.compile(r"HTTP status 40[13]|ACCESS_DENIED|ACCESS_KEY_ID|SIGNATURE|TOKEN|CREDENTIAL|UNAUTHENTICATED|PERMISSION_DENIED", re.IGNORECASE)
-NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|bucket does not exist", re.IGNORECASE)
+NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|bucket does not exist|Bucket .{0,300} not found", re.IGNORECASE)
+AWS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role that may do it,"
+GOOGLE = "GOOGLE_APPLICATION_CREDENTIALS, or a service account that may do it (anonymous=true for what everybody may read),"
 
 
 class StoreError(OSError):
@@ -70,24 +90,23 @@ def client(address: str) -> tuple[Any, str]:
     refuse_secrets(f"a {scheme}:// address", address)
     if ":" in bucket:
         raise DatasetError(f"{scheme}://{bucket}: a bucket's name has no colon; credentials come from the environment")
-    if scheme != "s3":
-        try:
-            store, path = fs.FileSystem.from_uri(address)
-        except (ValueError, ImportError) as error:
-            raise DatasetError(redacted(f"{address}: {error}")) from None
-        return store, f"{path.rstrip('/')}/"
     values: dict[str, Any] = {}
     for name, value in parse_qsl(options.removeprefix("?"), keep_blank_values=True):
-        if name not in OPTIONS:
-            raise DatasetError(f"s3://{bucket}: there is no option {name!r}, only {', '.join(OPTIONS)}; credentials come from the environment")
+        if name not in OPTIONS[scheme]:
+            raise DatasetError(
+                f"{scheme}://{bucket}: there is no option {name!r}, only {', '.join(OPTIONS[scheme])}; credentials come from the environment"
+            )
         try:
-            values[name] = OPTIONS[name](value)
+            values[name] = OPTIONS[scheme][name](value)
         except ValueError:
-            raise DatasetError(f"s3://{bucket}: {name} is {value!r}, expected seconds") from None
+            raise DatasetError(f"{scheme}://{bucket}: {name} is {value!r}, expected seconds") from None
+    if scheme != "s3":
+        limit = timedelta(seconds=values.pop("retry_limit_seconds", GS_RETRY_SECONDS))
+        return fs.GcsFileSystem(**values, retry_time_limit=limit), f"{bucket}/"
     if not {"region", "endpoint_override"} & set(values) and not {"AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"} & set(os.environ):
         values["region"] = patiently(lambda: fs.resolve_s3_region(bucket), f"s3://{bucket}")
     # delayed open: a file that fits one part is one PUT, where three requests would make it a multipart upload
-    return fs.S3FileSystem(**TIMEOUTS | values, allow_delayed_open=True), f"{bucket}/"
+    return fs.S3FileSystem(**S3_TIMEOUTS | values, allow_delayed_open=True), f"{bucket}/"
 
 
 def patiently(action: Callable[[], T], name: str) -> T:
@@ -120,5 +139,5 @@ def in_words(error: OSError, name: str, attempts: int = 1) -> str:
     if NO_BUCKET.search(reason):
         return f"there is no such bucket; create it, or name another ({reason})"
     if REFUSED.search(reason):
-        return f"the store refuses it; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role that may do it, where this runs ({reason})"
+        return f"the store refuses it; set {AWS if name.startswith('s3:') else GOOGLE} where this runs ({reason})"
     return f"the store failed{f' {attempts} times' if attempts > 1 else ''}: {reason}"

@@ -139,7 +139,7 @@ def _store(address: str) -> tuple[Any, str]:
     from pyarrow import fs
 
     scheme, authority, _ = URI.fullmatch(address).groups()  # type: ignore[union-attr]
-    if scheme in stores.SCHEMES:
+    if scheme in stores.OPTIONS:
         try:
             return stores.client(address)
         except DatasetError as error:

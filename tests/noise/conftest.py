@@ -1,5 +1,6 @@
-"""The store of tests.noise.s3, where a test asks for it."""
+"""The stores of tests.noise.s3 and tests.noise.gcs, where a test asks for one."""
 
+from tests.noise.gcs import gs_bucket
 from tests.noise.s3 import bucket
 
-__all__ = ["bucket"]
+__all__ = ["bucket", "gs_bucket"]

@@ -36,11 +36,11 @@ LARGE = 12 * 2**20
 """Bytes that are uploaded in two parts."""
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     if request.param == "local":
         return Folder.of(tmp_path / "data")
-    return Folder.of(request.getfixturevalue("bucket").uri("a/data"))
+    return Folder.of(request.getfixturevalue({"s3": "bucket", "gs": "gs_bucket"}[request.param]).uri("a/data"))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def sha256_of(where: Folder, name: str) -> str:
     return hashlib.sha256(where.read(name)).hexdigest()
 
 
-def test_both_kinds_of_folder_do_the_same(folder: Folder) -> None:
+def test_all_kinds_of_folder_do_the_same(folder: Folder) -> None:
     assert not folder.exists("plan.json") and folder.sizes("shards") == {}
     folder.put("plan.json", b"one")
     folder.put("plan.json", b"two")
@@ -91,7 +91,10 @@ def test_both_kinds_of_folder_do_the_same(folder: Folder) -> None:
     assert str(pickle.loads(pickle.dumps(folder))) == str(folder)
 
 
-def test_a_dataset_on_a_store_has_the_bytes_of_one_on_this_machine(tmp_path: Path, bucket: Bucket, remote: Folder) -> None:
+@pytest.mark.parametrize("store", ["bucket", "gs_bucket"])
+def test_a_dataset_on_a_store_has_the_bytes_of_one_on_this_machine(tmp_path: Path, request: pytest.FixtureRequest, store: str) -> None:
+    bucket = request.getfixturevalue(store)
+    remote = Folder.of(bucket.uri("a/data"))
     here, there = write_dataset(tmp_path, TEACHER, CODEC, [5, 70]), write_dataset(remote, TEACHER, CODEC, [5, 70])
     local = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert here == there == Manifest.read(remote) and bucket.under("a/data") == local
@@ -116,6 +119,8 @@ def test_addresses_are_refused_where_they_hold_credentials_or_mean_nothing() -> 
         ("s3://key:secret@bucket/x", "an address with credentials is refused"),
         ("s3://bucket/x?access_key=me&secret_key=it", "an address with credentials is refused"),
         ("s3://bucket/x?request_timeout=soon", "request_timeout is 'soon', expected seconds"),
+        ("gs://bucket/x?region=here", "there is no option 'region', only endpoint_override, scheme, anonymous"),
+        ("gs://bucket/x?retry_limit_seconds=long", "retry_limit_seconds is 'long', expected seconds"),
         ("hf://me/x", "named hf://datasets/OWNER/NAME"),
     ]:
         with pytest.raises(DatasetError, match=message):
@@ -204,10 +209,11 @@ def test_missing_credentials_are_said_with_the_way_out(
         operation(Folder.of(bucket.uri("a/data")))
 
 
-def test_a_missing_bucket_is_said_when_it_is_first_asked(bucket: Bucket) -> None:
-    there = Folder.of(bucket.uri("a/data", "elsewhere"))
+@pytest.mark.parametrize("store", ["bucket", "gs_bucket"])
+def test_a_missing_bucket_is_said_when_it_is_first_asked(request: pytest.FixtureRequest, store: str) -> None:
+    there = Folder.of(request.getfixturevalue(store).uri("a/data", "elsewhere"))
     for operation in (lambda: there.exists("plan.json"), lambda: there.put("plan.json", b"")):
-        with pytest.raises(StoreError, match=r"s3://elsewhere/.*: there is no such bucket; create it, or name another"):
+        with pytest.raises(StoreError, match=r"(s3|gs)://elsewhere/.*: there is no such bucket; create it, or name another"):
             operation()
 
 

@@ -30,18 +30,20 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world.output
 
 
-def test_what_was_pushed_and_pulled_is_the_dataset(dataset: Path, bucket: Bucket, tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", ["bucket", "gs_bucket"])
+def test_what_was_pushed_and_pulled_is_the_dataset(dataset: Path, request: pytest.FixtureRequest, store: str, tmp_path: Path) -> None:
+    bucket = request.getfixturevalue(store)
     there, here = bucket.uri("team/data"), tmp_path / "here"
     assert main(["push", str(dataset), "--output", there]) == 0
     assert set(bucket.under("team/data")) >= {"shards/00000/00000.arrow", "manifest.json", "plan.json"}
     assert not any(name.endswith(".json") for name in bucket.under("team/data") if name.startswith("shards/"))
     assert main(["verify", there]) == 0 and main(["pull", there, "--output", str(here)]) == 0
     assert verify(here).root_hash == Manifest.read(dataset).root_hash
-    ours, theirs = NoiseDataset(here), NoiseDataset(dataset)
-    rows = torch.arange(len(ours)).numpy()
-    assert torch.equal(ours.batch(rows).input_ids_BL, theirs.batch(rows).input_ids_BL)
-    where = torch.arange(1, 20)
-    assert torch.equal(ours.batch(rows).noise_at(where), theirs.batch(rows).noise_at(where))
+    theirs = NoiseDataset(dataset)
+    for ours in (NoiseDataset(here), NoiseDataset(there, cache=tmp_path / "cache")):
+        rows, where = torch.arange(len(ours)).numpy(), torch.arange(1, 20)
+        assert torch.equal(ours.batch(rows).input_ids_BL, theirs.batch(rows).input_ids_BL)
+        assert torch.equal(ours.batch(rows).noise_at(where), theirs.batch(rows).noise_at(where))
 
 
 def test_a_dry_run_moves_nothing(dataset: Path, bucket: Bucket, capsys: pytest.CaptureFixture[str]) -> None:
