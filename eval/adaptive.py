@@ -17,7 +17,7 @@ s_D are its logits and s_A = log p_A + g with the noise that the student was giv
 temperature divides both models' logits; top_k and nucleus restrict the student, and with it the target. At R = 1 the student
 alone decides: everything is taken, NFE 1. The accepted prefix of a step never gets shorter when R grows, since the set of R
 at which y_t = x_t is an interval that ends at 1. NFE counts the student's forwards; each brings one of the small model.
-The paper's two other parameters, which spare its students work on long masked tails, are not here: ours have short blocks.
+The paper's two other parameters, the lookahead M and the window W of what is computed anew, say what the student reads in a call: see view.
 Shapes: B rows, L positions, N masked positions (row-major), V vocabulary.
 """
 

@@ -36,6 +36,10 @@ class System:
     """The small causal LM of adaptive, in the student's tokens: a folder or hub id."""
     student_weight: float = 0.5
     """R of adaptive: its target is p_student^R p_auxiliary^(1-R)."""
+    lookahead: int = 0
+    """M of adaptive, as in `eval sample`."""
+    recompute: int = 0
+    """W of adaptive, as in `eval sample`."""
     nfe: list[int] = field(default_factory=list)
     """Function evaluations of this system; empty: the report's. An ar student makes one forward a token."""
 
@@ -149,7 +153,7 @@ class SampleConfig:
     """Samples of one student."""
 
     student: str
-    """Folder of a trained mdlm, bd3lm or ar student, or a causal LM: a folder or hub id."""
+    """Folder of a trained mdlm, bd3lm, ar or medusa student, or a causal LM: a folder or hub id."""
     output: str
     """Folder where the sample set is kept, and found again by the same command."""
     bos: int = -1
@@ -169,6 +173,12 @@ class SampleConfig:
     """The small causal LM of adaptive, in the student's tokens: a folder or hub id."""
     student_weight: float = 0.5
     """R of adaptive: its target is p_student^R p_auxiliary^(1-R). At 1 all tokens are taken at once; lower, fewer are."""
+    lookahead: int = 0
+    """M of adaptive: masked positions that the student is shown in a call; 0: all. The row is cut before the next one, so a forward is shorter
+    and takes at most M tokens; a student trained on full rows has not seen rows that end there."""
+    recompute: int = 0
+    """W of adaptive: a call reads a row from W - 1 positions before the tokens that it last wrote, 1: those alone; keys and values of what stands
+    before are kept from earlier calls, which is approximate, since they have not seen what was written since. 0: read all, exactly."""
     prompts: str = ""
     """JSONL of prompts or texts with blanks; sequence i takes line i modulo their number. Perplexity counts given tokens too. Empty: BOS alone."""
     length: int = 0

@@ -43,6 +43,10 @@ class Decoding:
     """New noise for the student in every step, instead of noise held through all steps."""
     student_weight: float = 0.5
     """R of adaptive parallel decoding: 1 is the student alone, 0 lets the small model decide."""
+    lookahead: int = 0
+    """M of adaptive: the masked positions that the student is shown in a call; 0: all. See view."""
+    recompute: int = 0
+    """W of adaptive: from how far behind the newest tokens a call reads a row, with cached keys and values before; 0: from its start, exactly."""
 
     def __post_init__(self) -> None:
         for field, known in (("output", ("sample", "argmax")), ("order", get_args(OrderName)), ("sampler", get_args(SamplerName))):
@@ -61,6 +65,11 @@ class Decoding:
             )
         if self.sampler != "adaptive" and self.student_weight != 0.5:
             raise ValueError(f"student_weight is {self.student_weight}, but sampler {self.sampler} has no second model; set sampler to adaptive")
+        if self.sampler != "adaptive" and (self.lookahead or self.recompute):
+            raise ValueError(
+                f"lookahead is {self.lookahead} and recompute {self.recompute}, but sampler {self.sampler} does not write from left to right; "
+                "leave them at 0, or set sampler to adaptive"
+            )
 
     def _check_numbers(self) -> None:
         if self.sampler in ("even", "ancestral") and self.nfe < 1:
@@ -76,6 +85,9 @@ class Decoding:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or 0 for all tokens")
         if not 0 <= self.student_weight <= 1:
             raise ValueError(f"student_weight is {self.student_weight}; it must be in [0, 1]")
+        for name, all_of in (("lookahead", "all masked positions"), ("recompute", "the whole row")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or 0 for {all_of}")
 
     def request(self) -> dict[str, Any]:
         """The settings by name, for a sample set's request; those that came later are left out at their default, which changes no name."""

@@ -104,11 +104,13 @@ class ExactTeacher(ABC):
         return ids_BL
 
 
-def write_dataset(folder: Path, teacher: ExactTeacher, rows: int, block_length: int, text_seed: int, draws: int = 1) -> Manifest:
+def write_dataset(
+    folder: Path, teacher: ExactTeacher, rows: int, block_length: int, text_seed: int, draws: int = 1, epsilon: float = 0.125
+) -> Manifest:
     """A finished noise dataset (parallel extraction) of the teacher's texts; continues where it stopped, and refuses another's folder."""
     identity = {
         "format_version": FORMAT_VERSION, "vocab_size": teacher.vocab_size, "block_length": block_length, "extraction": "parallel",
-        "epsilon": 0.125, "draws": draws, "teacher": teacher.identity(), "text": {"rows": rows, "seed": str(text_seed)},
+        "epsilon": epsilon, "draws": draws, "teacher": teacher.identity(), "text": {"rows": rows, "seed": str(text_seed)},
         "rows_per_shard": ROWS_PER_SHARD,
     }  # fmt: skip
     identity["seed"] = str(default_seed(identity))

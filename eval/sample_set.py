@@ -5,8 +5,10 @@
     python -m eval sample ... --sampler ancestral --nfe 64                                   MDLM's own reverse process
     python -m eval sample ... --sampler first_hitting                                        one token a forward
     python -m eval sample ... --sampler adaptive --auxiliary SMALL_LM --student_weight 0.7   a small causal LM says how many at once
+    python -m eval sample ... --sampler adaptive ... --lookahead 16 --recompute 8            16 masks in view, older tokens from a cache (approximate)
     python -m eval sample ... --prompts prompts.jsonl                                        prompts, or texts with blanks
     python -m eval sample --student TEACHER_OR_AR_STUDENT --output FOLDER                    a causal LM, with a KV cache
+    python -m eval sample --student MEDUSA --output FOLDER                                   its backbone's same text, in fewer calls
 
 A line of a prompts file is {"text": "The old man"}, {"text": ["The old man ", 3, " the sea."]} with 3 blanks inside, or
 {"ids": [464, null, 5417], "length": 12}; given tokens stay as they are. The set is one Arrow file: sequence_id, input_ids,

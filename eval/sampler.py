@@ -22,12 +22,16 @@ from eval.adaptive import Auxiliary, accepted, target_scores
 from eval.decoding import Decoding, choose, restricted_log_probs
 from eval.schedules import confidence_rank, fixed_rank, known_after, reveal_times
 from eval.stream import NOISE_DRAW, OUTPUT_DRAW, step_seed, stream_uniform
+from eval.view import View
 from noise import philox
 from trainer.marginal import tempered
 
 
 class MaskedStudent(Protocol):
-    """What the sampler needs of a student; trainer.students.mdlm has it. `logits` takes length_B where rows are padded."""
+    """What the sampler needs of a student; trainer.students.mdlm has it.
+
+    `logits` takes length_B where rows are padded or cut; `row_cache` and `logits_from` are asked for where `recompute` is set.
+    """
 
     vocab_size: int
     mask_id: int
@@ -130,7 +134,8 @@ class _Rows:
         g_MV: Tensor | None,
         length_B: Tensor | None,
     ):
-        self.student, self.decoding, self.seed, self.length_B = student, decoding, seed, length_B
+        self.student, self.decoding, self.seed = student, decoding, seed
+        self.view = View(student, decoding.lookahead, decoding.recompute, length_B)
         self.ids_BL = ids_BL.clone()
         unknown_BL = ids_BL == student.mask_id
         self.unknown_B = unknown_BL.sum(1)
@@ -143,13 +148,11 @@ class _Rows:
             self.g_MV = self._scaled(sampling_noise(seed, sequence_id_B, unknown_BL, student.vocab_size) if g_MV is None else g_MV)
 
     def forward(self, step: int, moving_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(at int64 [N] into M, logits [N, V], noise [N, V] or None) of the masked positions of the rows that move in this step."""
-        at_N = (self.masked_M & moving_B[self.row_M]).nonzero()[:, 0]
+        """(at int64 [N] into M, logits [N, V], noise [N, V] or None) of the masked positions in view of the rows that move in this step."""
+        at_N = (self.masked_M & moving_B[self.row_M] & (self.position_M < self.view.end(self.ids_BL)[self.row_M])).nonzero()[:, 0]
         g_NV = self._noise(at_N, step)
-        part: Any = slice(None) if bool(moving_B.all()) else moving_B
-        padded = {} if self.length_B is None else {"length_B": self.length_B[part]}
         self.nfe_B += moving_B
-        return at_N, self.student.logits(self.ids_BL[part], g_NV, **padded), g_NV
+        return at_N, self.view.logits(self.ids_BL, moving_B, g_NV), g_NV
 
     def reveal(self, at_N: Tensor, token_N: Tensor) -> None:
         self.ids_BL[self.row_M[at_N], self.position_M[at_N]] = token_N
@@ -195,7 +198,8 @@ def _adaptive(rows: _Rows, auxiliary: Auxiliary) -> None:
         student_NV, shared_NV = _shared_noise(rows, at_N, logits_NV, g_NV)
         token_N = student_NV.argmax(1)
         where = rows.row_M[at_N], rows.position_M[at_N]
-        proposed_BL = rows.ids_BL.index_put(where, token_N)[moving_B]
+        proposed_BL = rows.ids_BL.index_put(where, token_N)[moving_B, : int(where[1].max()) + 1]
+        proposed_BL = proposed_BL.masked_fill(proposed_BL == rows.student.mask_id, 0)  # behind what is proposed, so nobody reads it
         flat_N = (moving_B.cumsum(0) - 1)[where[0]] * proposed_BL.shape[1] + where[1]
         log_p_NV = torch.log_softmax(auxiliary.logits_of(proposed_BL, flat_N).float() / rows.decoding.temperature, -1)
         target_N = target_scores(student_NV, log_p_NV + shared_NV, rows.decoding.student_weight).argmax(1)

@@ -142,7 +142,7 @@ def trace(name: str, system: System, student: Any, nfe: list[int]) -> list[Trace
 def _decoding(system: System, student: Any, nfe: int, temperature: float, noise_temperature: float, nucleus: float, output: Any) -> Decoding:
     return Decoding(
         nfe if student.config.kind != "ar" else 1, temperature, noise_temperature, nucleus, output, system.order, system.top_k, system.sampler,
-        system.fresh_noise, system.student_weight,
+        system.fresh_noise, system.student_weight, system.lookahead, system.recompute,
     )  # fmt: skip
 
 

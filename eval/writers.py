@@ -1,4 +1,4 @@
-"""Everything that can fill a row's blanks, behind one interface: a masked student, a block diffusion student, or a causal LM.
+"""Everything that can fill a row's blanks, behind one interface: a masked or block diffusion student, a causal LM alone or with medusa heads.
 
 A writer is called with given tokens int64 [B, L] (BLANK where one is to be written), lengths and sequence ids, and
 returns (tokens int64 [B, L], lengths int64 [B], NFE int64 [B]): a row may end early, and took so many forwards.
@@ -16,9 +16,12 @@ from torch import Tensor
 from eval.blocks import check_blocks, sample_blocks
 from eval.causal import CausalLM, folder_identity, model_identity
 from eval.config import SampleConfig
-from eval.decoding import Decoding
+from eval.decoding import Decoding, restricted_log_probs
+from eval.drafters import MedusaDrafter
 from eval.prompts import BLANK, Prompts, prefix_lengths
+from eval.referee import Held, SharedNoise, prior
 from eval.sampler import resolve_output, sample_counted
+from eval.speculative import speculate
 from eval.study import device_of, load_masked
 from noise.storage import DatasetError, read_json
 from trainer.students import load_student
@@ -59,6 +62,8 @@ def writer(config: SampleConfig) -> Writer:
         return BlockWriter(config)
     if config.eos >= 0 or config.keep_blocks:
         raise ValueError(f"eos is {config.eos} and keep_blocks {config.keep_blocks}, but {config.student} does not write in blocks; drop them")
+    if kind == "medusa":
+        return MedusaWriter(config)
     return CausalWriter(config, about) if kind == "ar" else MaskedWriter(config)
 
 
@@ -145,12 +150,7 @@ class CausalWriter:
     """An `ar` student or any Hugging Face causal LM, token by token with a KV cache."""
 
     def __init__(self, config: SampleConfig, about: dict[str, Any] | None):
-        ignored = {
-            "nfe": 0, "sampler": "even", "order": "random", "noise_temperature": 1.0, "fresh_noise": False, "auxiliary": "", "student_weight": 0.5,
-        }  # fmt: skip
-        for name, default in ignored.items():
-            if getattr(config, name) != default:
-                raise ValueError(f"{name} is {getattr(config, name)}, but {config.student} is a causal LM, which writes one token a forward; drop it")
+        _refuse_masked_settings(config, "is a causal LM, which writes one token a forward")
         self.lm, self.seed = CausalLM(config.student, device_of(config.device)), config.seed
         output: Any = "sample" if config.choose == "auto" else config.choose
         self.decoding = Decoding(1, config.temperature, nucleus=config.nucleus, output=output, top_k=config.top_k)
@@ -171,10 +171,60 @@ class CausalWriter:
         return ids_BL.masked_fill(past_BL, 0), length_B, length_B - given_B
 
 
+class MedusaWriter:
+    """The backbone of a medusa student, which writes what it would write alone from the same seed; the heads draft, and NFE counts its calls.
+
+    Equal to CausalWriter on the backbone token for token, but at near ties of float rounding (see speculative), where the student's backbone
+    is read in float32, as CausalWriter reads it.
+    """
+
+    def __init__(self, config: SampleConfig):
+        _refuse_masked_settings(config, "has heads on a causal LM, which fill no masks")
+        if config.choose == "argmax":
+            raise ValueError(f"choose is argmax, but {config.student} writes samples of its backbone, argmax(log p + g); drop it, or set top_k to 1")
+        self.student, self.seed = _load(config.student, device_of(config.device)), config.seed
+        base = self.student.base
+        self.lm, self.drafter = (
+            CausalLM(str(base.folder), device_of(config.device), self.student.config.medusa.dtype),
+            MedusaDrafter(self.student, True),
+        )
+        self.decoding = Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
+        self.vocab_size, self.longest, self.asked, self.label = self.lm.vocab_size, self.student.block_length, 0, "drafted-by-heads"
+        self.identity = folder_identity(Path(config.student))
+        self.tokenizer = _trained_tokenizer(self.student.provenance) or str(base.folder)
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self.decoding, name) for name in ("temperature", "nucleus", "top_k", "output")}
+
+    def prepare(self, prompts: Prompts) -> None:
+        prefix_lengths(prompts)
+
+    def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given_BL, length_B, sequence_id_B = (part.to(self.lm.device) for part in (given_BL, length_B, sequence_id_B))
+        given_B = prefix_lengths(Prompts(given_BL, length_B))
+        block = self.drafter.most
+        noise = Held(prior(self.seed, sequence_id_B, self.vocab_size), len(given_B), block + 1 + self.drafter.span, self.vocab_size, self.lm.device)
+        rule = SharedNoise(lambda logits_NV: restricted_log_probs(logits_NV, self.decoding), noise, self.decoding.temperature)
+        written = speculate(self.lm, self.drafter, rule, given_BL.clamp_min(0), given_B, length_B, block)
+        wide = given_BL.shape[1] - written.ids_BL.shape[1]
+        return torch.nn.functional.pad(written.ids_BL, (0, wide)), length_B, written.calls_B
+
+
+def _refuse_masked_settings(config: SampleConfig, why: str) -> None:
+    """Raises ValueError for what only a masked student reads."""
+    ignored = {
+        "nfe": 0, "sampler": "even", "order": "random", "noise_temperature": 1.0, "fresh_noise": False, "auxiliary": "", "student_weight": 0.5,
+        "lookahead": 0, "recompute": 0,
+    }  # fmt: skip
+    for name, default in ignored.items():
+        if getattr(config, name) != default:
+            raise ValueError(f"{name} is {getattr(config, name)}, but {config.student} {why}; drop it")
+
+
 def _decoding(config: SampleConfig, student: Any, nfe: int) -> Decoding:
     return Decoding(
         nfe, config.temperature, config.noise_temperature, config.nucleus, resolve_output(config.choose, student), config.order,
-        config.top_k, config.sampler, config.fresh_noise, config.student_weight,
+        config.top_k, config.sampler, config.fresh_noise, config.student_weight, config.lookahead, config.recompute,
     )  # fmt: skip
 
 

@@ -11,10 +11,12 @@ import yaml
 
 from trainer.__main__ import parse
 from trainer.estimate import Where, estimate
+from trainer.estimate_command import row
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "paper.md").read_text()
 PAPER = sorted((ROOT / "recipes/paper").glob("*.yaml"))
+MEDUSA = sorted((ROOT / "recipes").glob("medusa_*.yaml"))
 TRAINED = [path for path in PAPER if not path.stem.endswith(("_generate", "_report"))]
 
 
@@ -23,17 +25,17 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*TRAINED, *MEDUSA], ids=lambda path: path.stem)
 def test_the_page_has_the_figures_of_the_command(path: Path) -> None:
-    found = estimate(parse(["--config", str(path)]), 50_257, 128 if path.stem.startswith("lm1b") else 1024, Where())
-    cells = [f"{found.steps:,}", f"{found.parameters / 1e6:,.1f} M", f"{found.total_memory / 1e9:,.1f} GB", f"{found.gpu_hours:,.0f}"]
-    link = f"[{path.stem}](../{path.relative_to(ROOT)})"
-    assert re.search(rf"^\|[^|]*\| {re.escape(link)} \| {re.escape(' | '.join(cells))} \|", DOCS, re.MULTILINE), cells
+    vocab_size, block_length = (32_000, 512) if "vicuna" in path.stem else (50_257, 128 if path.stem.startswith("lm1b") else 1024)
+    found = estimate(parse(["--config", str(path)]), vocab_size, block_length, Where())
+    line = row(f"[{path.stem}](../{path.relative_to(ROOT)})", found)
+    assert re.search(rf"^\|[^|]*{re.escape(line)}", DOCS, re.MULTILINE), line
 
 
 def test_the_page_names_every_recipe_and_no_other() -> None:
     named = set(re.findall(r"\(\.\./(recipes/[\w/.]+)\)", DOCS))
-    assert {str(path.relative_to(ROOT)) for path in PAPER} <= named
+    assert {str(path.relative_to(ROOT)) for path in [*PAPER, *MEDUSA]} <= named
     assert all((ROOT / name).exists() for name in named)
 
 

@@ -21,7 +21,7 @@
     checkpoint    safetensors + JSON, atomic
     metrics       JSONL, TensorBoard, Weights & Biases, the progress line
     loop          the training loop; distributed: the sums that cross processes
-    estimate      what a run will cost before it starts; flops, memory: its formulas
+    estimate      what a run will cost before it starts; flops, memory, heads_cost: its formulas; skeleton: a frozen backbone's shape alone
     export        a student for others, with a model card; standalone: the 20 lines of torch in it
 
 Imports noise; never ray, never pipeline. Runs where transformers is absent

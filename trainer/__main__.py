@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 
 from noise.secrets import redacted
-from trainer import estimate, export
+from trainer import estimate_command, export
 from trainer.config import TrainConfig
 from trainer.loop import train
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["export"]:
         return _command(lambda: export.run(arguments[1:]))
     if arguments[:1] == ["estimate"]:
-        return _command(lambda: estimate.run(arguments[1:], parse))
+        return _command(lambda: estimate_command.run(arguments[1:], parse))
     try:
         config = parse(arguments)
     except ValueError as error:

@@ -53,3 +53,21 @@ class Cache:
     def keep_rows(self, row_R: Tensor) -> None:
         """Go on with these rows alone, bool [B] or int64 [R]."""
         self._layers = [None if kept is None else (kept[0][row_R], kept[1][row_R]) for kept in self._layers]
+
+
+class RowCache(Cache):
+    """Keys and values of whole rows, of which a call writes anew the places that it names, other ones in every row."""
+
+    def place(self, position_BQ: Tensor, length: int) -> None:
+        """The next call writes at these positions, int64 [B, Q], nowhere where they are past the cache's end, and sees those before `length`."""
+        self._position_BQ, self.filled = position_BQ.clamp_max(self._capacity), length
+
+    def join(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, heads, Q, D] at the places of this call; returns those of the rows, [B, heads, length, D]."""
+        kept = self._layers[layer]
+        if kept is None:
+            shape = (*k.shape[:2], self._capacity + 1, k.shape[3])  # the last place is for slots past the end
+            kept = self._layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
+        for whole, new in zip(kept, (k, v), strict=True):
+            whole.scatter_(2, self._position_BQ[:, None, :, None].expand_as(new), new)
+        return kept[0][:, :, : self.filled], kept[1][:, :, : self.filled]

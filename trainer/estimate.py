@@ -1,30 +1,27 @@
 """What a run will cost, before it starts: parameters, memory, FLOPs, GPU-hours. No dataset, no GPU and no weights are needed.
 
-    python -m trainer estimate --config recipes/paper/lm1b_mdlm_gumbel.yaml --vocab_size 50257 --block_length 128
-    python -m trainer estimate --config recipes/paper/owt_mdlm.yaml --gpu h200 --gpus 16 --mfu 0.4 --optim.micro_batch 64
-
-Parameters are counted on the student itself, made on the meta device. FLOPs are those of the matrix products (trainer/flops.py),
-memory is a formula (trainer/memory.py); tests hold both against torch. GPU-hours follow from the GPU's peak on its data sheet and from
-the share of it that training reaches (model FLOPs utilisation), which is an assumption and no measurement. Waiting for data, evaluation
-and making the noise are not in it. V and L are the dataset's where it is there, else --vocab_size and --block_length.
+Parameters are counted on the student itself, made on the meta device; the frozen backbone of `medusa` is made there from its config alone
+(skeleton.py). FLOPs are those of the matrix products (flops.py) and memory is a formula (memory.py), both in heads_cost.py for heads on a
+frozen backbone; tests hold them against torch. GPU-hours follow from the GPU's peak on its data sheet and from the share of it that training
+reaches (model FLOPs utilisation), which is an assumption and no measurement. Waiting for data, evaluation and making the noise are not in it.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from trainer import flops, memory
-from trainer.config import StudentConfig, TrainConfig
-from trainer.data import open_data
+from trainer import flops, heads_cost, memory
+from trainer.config import NoiseConfig, StudentConfig, TrainConfig
 from trainer.distributed import World
+from trainer.frozen import Frozen
 from trainer.layout import layout
 from trainer.setup import shares
-from trainer.students import build
+from trainer.skeleton import Skeleton, skeleton
+from trainer.students import build, parameters
+from trainer.students.medusa import Medusa
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,11 @@ class Gpu:
     float32: float
     memory: float
 
+    def peak(self, bfloat16: bool) -> float:
+        return self.bfloat16 if bfloat16 else self.float32
+
 
 GPUS = {"a100": Gpu(312e12, 19.5e12, 80e9), "h100": Gpu(989e12, 67e12, 80e9), "h200": Gpu(989e12, 67e12, 141e9)}
-NOISE = ("input.", "drafts.", "readout.")
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,17 @@ class Estimate:
     tokens: float
     """Positions with noise that the whole run sees."""
     step_flops: float
+    frozen_flops: float
+    """Those of them that are the frozen backbone's."""
+    frozen_seconds: float
+    """Those of `seconds`."""
     memory: dict[str, float]
     """Bytes on one GPU, by what they are for."""
     seconds: float
     """Of one step on all GPUs together."""
     where: Where
+    backbone: Skeleton | None
+    """The frozen one."""
 
     @property
     def gpu_hours(self) -> float:
@@ -82,6 +87,10 @@ class Estimate:
     @property
     def total_memory(self) -> float:
         return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total_memory <= GPUS[self.where.gpu].memory
 
 
 def positions(config: StudentConfig, block_length: int) -> tuple[int, float, int]:
@@ -97,83 +106,78 @@ def positions(config: StudentConfig, block_length: int) -> tuple[int, float, int
     return block_length, valid / 2, valid
 
 
-def estimate(config: TrainConfig, vocab_size: int, block_length: int, where: Where) -> Estimate:
-    """Raises ValueError where the recipe cannot run on that many GPUs, or its student cannot be made from its settings alone."""
-    student = config.student
-    if student.kind == "medusa":
-        raise ValueError("student.kind is medusa, whose shape is its backbone's; this command takes the other kinds")
-    _, micro = shares(config.optim, World(0, where.gpus, torch.device("cpu")))
-    with torch.device("meta"):
-        made = build(student, vocab_size, block_length)
-    counts = {name: parameter.numel() for name, parameter in made.named_parameters()}
-    slots, predicted, most = positions(student, block_length)
+@dataclass(frozen=True)
+class Cost:
+    """What follows from the student alone, however many GPUs there are."""
+
+    trained: int
+    flops: float
+    """Of the student's training, of one row."""
+    frozen_flops: float
+    """Of the frozen backbone's forward, of one row."""
+    memory: dict[str, float]
+    """Bytes beside weights and optimizer."""
+
+
+def estimate(config: TrainConfig, vocab_size: int, block_length: int, where: Where, backbone: Skeleton | None = None) -> Estimate:
+    """Raises ValueError where the recipe cannot run on that many GPUs, or its student cannot be made from its settings alone.
+
+    backbone: a `medusa` student's; the one that its settings name where it is not given.
+    """
+    student, optim = config.student, config.optim
+    _, micro = shares(optim, World(0, where.gpus, torch.device("cpu")))
     bfloat16 = config.precision != "float32"
-    step_flops = config.optim.global_batch * flops.training(student, vocab_size, slots, predicted)
-    trained = sum(counts.values())
-    parts = memory.states(trained, config.optim.ema > 0, where.gpus)
-    parts |= {"bfloat16 copies": memory.copies(student, vocab_size, trained)} if bfloat16 else {}
-    parts |= {name: micro * size for name, size in memory.kept(student, vocab_size, slots, most, bfloat16).items()}
-    parts |= memory.passing(student, vocab_size, micro * most, bfloat16)
-    peak = GPUS[where.gpu].bfloat16 if bfloat16 else GPUS[where.gpu].float32
+    if student.kind == "medusa":
+        backbone = backbone or skeleton(student.medusa)
+        cost = _of_heads(student, backbone, vocab_size, block_length, micro, bfloat16)
+    else:
+        cost = _of_student(student, vocab_size, block_length, micro, bfloat16)
+    twin = _made(replace(student, noise=NoiseConfig()), vocab_size, block_length, backbone)
+    gpu = GPUS[where.gpu]
+    rate = optim.global_batch / (where.mfu * where.gpus)
+    frozen_seconds = rate * cost.frozen_flops / gpu.peak(backbone is None or backbone.bytes == 2)
     return Estimate(
         vocab_size=vocab_size,
         block_length=block_length,
-        parameters=trained,
-        of_noise=sum(count for name, count in counts.items() if name.startswith(NOISE)),
+        parameters=cost.trained,
+        of_noise=cost.trained - parameters(twin),
         micro_batch=micro,
-        steps=config.optim.steps,
-        tokens=float(config.optim.steps) * config.optim.global_batch * (block_length - 1),
-        step_flops=step_flops,
-        memory=parts,
-        seconds=step_flops / (peak * where.mfu * where.gpus),
+        steps=optim.steps,
+        tokens=float(optim.steps) * optim.global_batch * (block_length - 1),
+        step_flops=optim.global_batch * (cost.flops + cost.frozen_flops),
+        frozen_flops=optim.global_batch * cost.frozen_flops,
+        frozen_seconds=frozen_seconds,
+        memory=memory.states(cost.trained, optim.ema > 0, where.gpus) | cost.memory,
+        seconds=rate * cost.flops / gpu.peak(bfloat16) + frozen_seconds,
         where=where,
+        backbone=backbone,
     )
 
 
-def lines(config: TrainConfig, found: Estimate) -> list[str]:
-    """The figures as they are printed."""
-    student, where, gpu = config.student, found.where, GPUS[found.where.gpu]
-    noise = f", of which noise and drafts {found.of_noise / 1e6:,.1f} M" if found.of_noise else ""
-    peak = gpu.bfloat16 if config.precision != "float32" else gpu.float32
-    fits = "fits" if found.total_memory <= gpu.memory else "does not fit: lower optim.micro_batch"
-    return [
-        f"{config.output}: {student.kind}, {student.layers} layers of {student.hidden}, V = {found.vocab_size:,}, L = {found.block_length:,}",
-        f"parameters   {found.parameters / 1e6:,.1f} M{noise}",
-        f"steps        {found.steps:,} of {config.optim.global_batch:,} rows; {found.tokens / 1e9:,.1f} G tokens in all",
-        f"FLOPs        {found.step_flops:.2e} a step, {found.step_flops * found.steps:.2e} in all",
-        f"memory       at most {found.total_memory / 1e9:,.1f} GB on each GPU at micro_batch {found.micro_batch}; "
-        f"{where.gpu} has {gpu.memory / 1e9:,.0f} GB: {fits}",
-        *(f"    {size / 1e9:8.2f} GB  {name}" for name, size in found.memory.items()),
-        f"GPU-hours    {found.gpu_hours:,.0f} on {where.gpu}; {where.gpus} of them: {found.gpu_hours / where.gpus:,.1f} hours, "
-        f"{found.seconds:.3f} s a step",
-        f"assumed, not measured: {where.mfu:.0%} of the peak of {peak / 1e12:,.1f} TFLOP/s (--mfu); data, evaluation and making noise take nothing",
-    ]
+def _made(student: StudentConfig, vocab_size: int, block_length: int, backbone: Skeleton | None) -> Any:
+    """The student on the meta device."""
+    with torch.device("meta"):
+        if backbone is None:
+            return build(student, vocab_size, block_length)
+        return Medusa(student, vocab_size, block_length, Frozen.bare(student.medusa, backbone.model, vocab_size, block_length))
 
 
-def run(arguments: list[str], parse: Callable[[list[str]], TrainConfig]) -> int:
-    """The command; `parse` reads a recipe with its overrides. Raises ValueError for people."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer estimate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="Every other option is the recipe's: --config RECIPE, --optim.micro_batch 16, ...",
-    )  # fmt: skip
-    parser.add_argument("--gpu", default=Where.gpu, help=f"One of {', '.join(GPUS)}; default %(default)s.")
-    parser.add_argument("--gpus", type=int, default=Where.gpus, help="How many; default %(default)s.")
-    parser.add_argument("--mfu", type=float, default=Where.mfu, help="Share of the peak that training reaches: an assumption; default %(default)s.")
-    parser.add_argument("--vocab_size", type=int, help="Width of the teacher's logits; default: the dataset's.")
-    parser.add_argument("--block_length", type=int, help="Positions of a row; default: the dataset's.")
-    ours, recipe = parser.parse_known_args(arguments)
-    config = parse(recipe)
-    shape = _shape(config, ours)
-    print("\n".join(lines(config, estimate(config, *shape, Where(ours.gpu, ours.gpus, ours.mfu)))))
-    return 0
+def _of_student(student: StudentConfig, vocab_size: int, block_length: int, micro: int, bfloat16: bool) -> Cost:
+    trained = parameters(_made(student, vocab_size, block_length, None))
+    slots, predicted, most = positions(student, block_length)
+    parts = {"bfloat16 copies": memory.copies(student, vocab_size, trained)} if bfloat16 else {}
+    parts |= {name: micro * size for name, size in memory.kept(student, vocab_size, slots, most, bfloat16).items()}
+    parts |= memory.passing(student, vocab_size, micro * most, bfloat16)
+    return Cost(trained, flops.training(student, vocab_size, slots, predicted), 0.0, parts)
 
 
-def _shape(config: TrainConfig, given: Any) -> tuple[int, int]:
-    """(V, L)"""
-    if given.vocab_size and given.block_length:
-        return given.vocab_size, given.block_length
-    try:
-        dataset = open_data(config.data)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{error}\nfor an estimate without it, give --vocab_size and --block_length") from None
-    return given.vocab_size or dataset.codec.vocab_size, given.block_length or dataset.block_length
+def _of_heads(student: StudentConfig, backbone: Skeleton, vocab_size: int, block_length: int, micro: int, bfloat16: bool) -> Cost:
+    made = _made(student, vocab_size, block_length, backbone)
+    copied = heads_cost.copies(made, backbone, parameters(made), bfloat16)
+    heads = {"copies in another dtype": copied} if copied else {}
+    heads |= {name: micro * size for name, size in heads_cost.kept(made, block_length, bfloat16).items()}
+    heads |= heads_cost.passing(made, micro, block_length, bfloat16)
+    before = {"activations of the backbone, before the heads keep less": heads_cost.activations(backbone, micro, block_length)}
+    parts = {"frozen backbone": float(backbone.bytes * backbone.parameters)}
+    parts |= heads if sum(heads.values()) >= sum(before.values()) else before
+    return Cost(parameters(made), heads_cost.training(made, block_length), heads_cost.of_backbone(backbone, block_length), parts)

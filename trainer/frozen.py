@@ -39,7 +39,7 @@ def locate(config: MedusaConfig) -> tuple[Path, str]:
     except Exception as error:  # the hub's client raises errors of several libraries
         raise DatasetError(
             f"student.medusa.backbone {config.backbone!r} is no folder here (working folder {Path.cwd()}), and the hub did not give it: "
-            f"{_reason(error)}"
+            f"{reason(error)}"
         ) from None
     return found, found.name
 
@@ -70,11 +70,21 @@ class Frozen:
                 f"student.medusa.backbone {self.name} is another model than the heads were trained on: weights_sha256 is {self.weights_sha256} here, "
                 f"{config.weights_sha256} there; put that model in its place"
             )
-        self.model = _load(self.folder, config.dtype)
-        self.vocab_size = vocab_size
-        self._output = self.model.get_output_embeddings()
-        self._check_fit(vocab_size, block_length)
+        self._around(_load(self.folder, config.dtype), vocab_size)
+        self._check_fit(read_json(self.folder / "config.json"), block_length)
         self._check_head()
+
+    @classmethod
+    def bare(cls, config: MedusaConfig, model: Any, vocab_size: int, block_length: int) -> Frozen:
+        """Around a model on the meta device (`skeleton`): shapes alone. Raises ValueError where they do not fit the dataset's."""
+        made = cls.__new__(cls)
+        made.name, made.folder, made.revision, made.weights_sha256 = config.backbone, Path(config.backbone), config.revision, config.weights_sha256
+        made._around(model, vocab_size)
+        made._check_fit(model.config.to_dict(), block_length)
+        return made
+
+    def _around(self, model: Any, vocab_size: int) -> None:
+        self.model, self.vocab_size, self._output = model, vocab_size, model.get_output_embeddings()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
         return self
@@ -119,15 +129,14 @@ class Frozen:
         """float32 [..., V] from hidden states [..., H]; the gradient passes through to them."""
         return self._output(hidden.to(self._output.weight.dtype)).float()  # type: ignore[no-any-return]
 
-    def _check_fit(self, vocab_size: int, block_length: int) -> None:
-        width = int(self._output.weight.shape[0])
+    def _check_fit(self, settings: dict[str, Any], block_length: int) -> None:
+        width, vocab_size = int(self._output.weight.shape[0]), self.vocab_size
         if width != vocab_size:
             raise ValueError(
                 f"student.medusa.backbone {self.name} has logits of width {width}, the dataset's vocab_size is {vocab_size} "
                 f"({abs(width - vocab_size)} {'fewer' if width < vocab_size else 'more'}: another tokenizer, or a padded output layer); "
                 "take the dataset's teacher or a model of its width, or extract the text with this backbone as teacher"
             )
-        settings = read_json(self.folder / "config.json")
         limits = [settings[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len") if isinstance(settings.get(name), int)]
         if min(limits, default=block_length) < block_length:
             raise ValueError(f"student.medusa.backbone {self.name} reads {min(limits)} positions, the dataset's block_length is {block_length}")
@@ -160,7 +169,7 @@ def _tokens(folder: Path | None) -> dict[int, str]:
     try:
         found = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).get_vocab()
     except Exception as error:  # transformers passes on errors of several libraries
-        raise DatasetError(f"{folder}: transformers cannot load its tokenizer ({_reason(error)})") from None
+        raise DatasetError(f"{folder}: transformers cannot load its tokenizer ({reason(error)})") from None
     return {entry: token for token, entry in found.items()}
 
 
@@ -180,7 +189,7 @@ def _load(folder: Path, dtype: str) -> Any:
             str(folder), dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # transformers passes on errors of several libraries
-        raise DatasetError(f"student.medusa.backbone {folder} cannot be loaded as a causal LM: {_reason(error)}") from None
+        raise DatasetError(f"student.medusa.backbone {folder} cannot be loaded as a causal LM: {reason(error)}") from None
     if found["missing_keys"]:
         raise DatasetError(f"student.medusa.backbone {folder} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}, ...")
     if model.base_model is model or model.get_output_embeddings() is None:
@@ -188,5 +197,6 @@ def _load(folder: Path, dtype: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Its first line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -34,14 +34,17 @@ class TableStudent:
         self.asked: list[torch.Tensor] = []
         self.given: list[torch.Tensor | None] = []
 
-    def logits(self, ids_BL: torch.Tensor, g_NV: torch.Tensor | None) -> torch.Tensor:
+    def logits(self, ids_BL: torch.Tensor, g_NV: torch.Tensor | None, length_B: torch.Tensor | None = None) -> torch.Tensor:
+        """A row that is cut says nothing of what stood behind."""
         self.asked.append(ids_BL.clone())
         self.given.append(g_NV)
-        logits_NV = self.conditionals(ids_BL[:, 1:]).log()[ids_BL[:, 1:] == self.mask_id].float()
+        cut_BL = ids_BL if length_B is None else ids_BL.where(torch.arange(ids_BL.shape[1]) < length_B[:, None], self.mask_id)
+        logits_NV = self.conditionals(cut_BL[:, 1:]).log()[:, : ids_BL.shape[1] - 1][ids_BL[:, 1:] == self.mask_id].float()
         return logits_NV if g_NV is None or not self.noise.readout else logits_NV + g_NV
 
     def conditionals(self, ids_BM: torch.Tensor) -> torch.Tensor:
-        """p of every position's token given the known ones, float64 [B, M, V]."""
+        """p of every position's token given the known ones, float64 [B, M, V]; ids may end early."""
+        ids_BM = torch.nn.functional.pad(ids_BM, (0, self.unknown - ids_BM.shape[1]), value=self.mask_id)
         known = ids_BM[:, None] == self.words[None]
         weight_BW = self.joint * (known | (ids_BM[:, None] == self.mask_id)).all(-1)
         p_BMV = torch.einsum("bw,wmv->bmv", weight_BW, torch.nn.functional.one_hot(self.words, self.vocab_size).double())

@@ -287,6 +287,7 @@ def test_settings_of_a_system_reach_its_samples(world: Path, tmp_path: Path) -> 
         "nuclei": {"student": plain, "nuclei": [0.1, 0.9]}, "one": {"student": plain, "top_k": 1}, "argmax": {"student": plain, "output": "argmax"},
         "held": {"student": gumbel}, "fresh": {"student": gumbel, "fresh_noise": True}, "hits": {"student": plain, "sampler": "first_hitting"},
         "steps": {"student": plain, "sampler": "ancestral"}, "few": {"student": plain, "sampler": "adaptive", "auxiliary": small},
+        "cut": {"student": plain, "sampler": "adaptive", "auxiliary": small, "lookahead": 1, "recompute": 1},
         "surest": {"student": plain, "order": "confidence"}, "ar": {"student": str(tmp_path / "ar"), "top_k": 1},
     }  # fmt: skip
     write_student(tmp_path / "ar", kind="ar", seed=5)
@@ -301,8 +302,8 @@ def test_settings_of_a_system_reach_its_samples(world: Path, tmp_path: Path) -> 
     text = report["shown"][0]["systems"]
     assert entropy["one"] == entropy["argmax"] and text["one"] == text["argmax"] and text["surest"] != text["nuclei"]
     assert text["held"] != text["fresh"] and entropy["ar"] > 0
-    assert {name for name, system in report["systems"].items() if system["free"]} == {"hits", "few", "ar"}
-    assert found["hits"][0]["forwards"] == found["ar"][0]["forwards"] == {"mean": 7.0, "least": 7, "most": 7}
+    assert {name for name, system in report["systems"].items() if system["free"]} == {"hits", "few", "cut", "ar"}
+    assert found["hits"][0]["forwards"] == found["ar"][0]["forwards"] == found["cut"][0]["forwards"] == {"mean": 7.0, "least": 7, "most": 7}
     made = found["few"][0]["forwards"]
     assert 1 <= made["least"] < made["mean"] < made["most"] <= 7 and list(report["systems"]["few"]["nfe"]) == [str(round(made["mean"]))]
     assert found["steps"][0]["forwards"]["least"] < 3  # steps in which nothing is revealed cost nothing

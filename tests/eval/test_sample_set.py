@@ -13,6 +13,7 @@ from eval.__main__ import main, parse
 from eval.config import SampleConfig
 from eval.sample_set import SampleSet, sample_set
 from tests.eval.world import LENGTH, write_student, write_world
+from trainer.config import NoiseConfig
 
 KINDS = {
     "even": {"nfe": 3},
@@ -20,6 +21,7 @@ KINDS = {
     "ancestral": {"nfe": 20, "sampler": "ancestral", "nucleus": 0.9},
     "first_hitting": {"sampler": "first_hitting"},
     "adaptive": {"sampler": "adaptive", "student_weight": 0.7},
+    "adaptive in view": {"student": "gumbel", "sampler": "adaptive", "lookahead": 3, "recompute": 2},
     "fresh": {"student": "gumbel", "nfe": 3, "fresh_noise": True, "noise_temperature": 0.9},
     "adaptive with noise": {"student": "gumbel", "sampler": "adaptive"},
     "ar student": {"student": "ar", "temperature": 0.8, "length": LENGTH},
@@ -31,6 +33,7 @@ KINDS = {
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_world(tmp_path_factory.mktemp("world"))
     write_student(folder / "ar", kind="ar", seed=4)
+    write_student(folder / "medusa", kind="medusa", seed=5, noise=NoiseConfig("gumbel", "add", readout=True), backbone=folder / "teacher")
     lines = [{"text": "w5 w6"}, {"text": ["w7 ", 2, " w8"]}, {"ids": [9, None, None, 10], "length": LENGTH}, {"ids": [None] * 7}]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "prefixes.jsonl").write_text('{"text": "w5 w6"}\n{"text": "w7", "length": 5}')
@@ -93,6 +96,16 @@ def test_a_causal_lm_continues_prefixes_and_counts_a_forward_a_token(world: Path
     assert (ids[::2, :3] == [0, 5, 6]).all() and (ids[1::2, :2] == [0, 7]).all() and not ids[1::2, 5:].any()
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.3}, {"top_k": 1}, {"nucleus": 0.8, "length": 6}])
+def test_medusa_heads_write_their_backbones_own_samples_at_any_batch_size_in_no_more_calls(world: Path, tmp_path: Path, settings: dict) -> None:
+    settings = {**settings, "prompts": str(world / "prefixes.jsonl"), "sequences": 30}
+    alone = sample_set(config(world, tmp_path, **{"length": LENGTH, **settings}, student="teacher"))
+    drafted = sample_set(config(world, tmp_path / "a", **settings, student="medusa"))
+    assert all(np.array_equal(drafted.columns[name], alone.columns[name]) for name in ("input_ids", "length"))
+    assert (drafted.columns["nfe"] <= alone.columns["nfe"]).all() and drafted.columns["nfe"].sum() < alone.columns["nfe"].sum()
+    assert equal(drafted, sample_set(config(world, tmp_path / "b", **settings, student="medusa", batch=7)))
+
+
 def test_a_shorter_length_is_a_shorter_row_and_bare_rows_are_a_thousand(world: Path, tmp_path: Path) -> None:
     assert sample_set(config(world, tmp_path, nfe=2, length=5)).columns["input_ids"].shape == (11, 5)
     assert sample_set(config(world, tmp_path, nfe=1, length=3, sequences=0)).columns["input_ids"].shape == (1024, 3)
@@ -105,7 +118,8 @@ def test_every_setting_that_decides_tokens_names_another_set_and_batch_does_not(
         {}, {"nfe": 3}, {"temperature": 0.9}, {"noise_temperature": 0.9}, {"nucleus": 0.9}, {"top_k": 3}, {"order": "left_to_right"},
         {"sampler": "ancestral"}, {"fresh_noise": True}, {"choose": "argmax"}, {"seed": 2}, {"bos": 3}, {"length": 7}, {"sequences": 3},
         {"prompts": str(world / "prompts.jsonl")}, {"prompts": str(world / "prefixes.jsonl")}, {"sampler": "adaptive", "nfe": 0},
-        {"sampler": "adaptive", "nfe": 0, "student_weight": 0.6}, {"student": "plain"},
+        {"sampler": "adaptive", "nfe": 0, "student_weight": 0.6}, {"sampler": "adaptive", "nfe": 0, "lookahead": 2},
+        {"sampler": "adaptive", "nfe": 0, "recompute": 2}, {"student": "plain"},
     ]  # fmt: skip
     paths = [sample_set(config(world, tmp_path, **{**common, **change})).path for change in changes]
     assert len(set(paths)) == len(changes)
@@ -143,7 +157,11 @@ def test_what_does_not_fit_is_one_clear_line(world: Path, tmp_path: Path, capsys
         ("plain", {"sampler": "first_hitting", "nfe": 2}, "its own order and number of forwards"),
         ("plain", {"fresh_noise": "true", "nfe": 2}, "takes no noise"),
         ("plain", {"nfe": 2, "bos": 24}, "BOS is 24"),
+        ("plain", {"lookahead": 4, "nfe": 2}, "sampler even does not write from left to right"),
         ("ar", {"nfe": 4}, "nfe is 4, but"),
+        ("ar", {"recompute": 4}, "recompute is 4, but"),
+        ("medusa", {"nfe": 4}, "which fill no masks"),
+        ("medusa", {"choose": "argmax"}, "choose is argmax, but"),
         ("ar", {"order": "confidence"}, "order is confidence, but"),
         ("ar", {"prompts": str(world / "prompts.jsonl")}, "tokens after its blanks"),
         ("heldout", {}, "is neither a student"),

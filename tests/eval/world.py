@@ -11,7 +11,7 @@ from noise.commit import commit_shard
 from noise.dataset import Manifest, Plan
 from noise.sketch import Codec
 from tests.noise.teachers import BigramTeacher, identity_of, rows_of
-from trainer.config import NoiseConfig, StudentConfig
+from trainer.config import MedusaConfig, NoiseConfig, StudentConfig
 from trainer.students import build, save_student
 
 VOCAB, LENGTH = 24, 8
@@ -60,10 +60,13 @@ def write_heldout(folder: Path, rows: int = 40, extraction: str = "parallel", le
     Manifest.write(folder, plan)
 
 
-def write_student(folder: Path, kind: str = "mdlm", seed: int = 0, length: int = LENGTH, noise: NoiseConfig | None = None) -> None:
+def write_student(
+    folder: Path, kind: str = "mdlm", seed: int = 0, length: int = LENGTH, noise: NoiseConfig | None = None, backbone: Path | None = None
+) -> None:
     """An untrained student with weights large enough that its choices differ from position to position."""
     torch.manual_seed(seed)
-    student = build(StudentConfig(kind=kind, layers=2, hidden=16, heads=2, noise=noise or NoiseConfig()), VOCAB, length)  # type: ignore[arg-type]
+    shape = {"medusa": MedusaConfig(str(backbone), heads_count=3)} if backbone else {"layers": 2, "hidden": 16, "heads": 2}
+    student = build(StudentConfig(kind=kind, noise=noise or NoiseConfig(), **shape), VOCAB, length)  # type: ignore[arg-type]
     with torch.no_grad():
         for name, weight in student.named_parameters():
             if "norm" not in name:

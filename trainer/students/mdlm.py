@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from noise.decode import Noise
+from trainer.attention import RowCache
 from trainer.chance import Chance
 from trainer.data import Batch
 from trainer.students.masked import Masked
@@ -23,14 +24,35 @@ class MDLM(Masked):
         """float32 [N, V] at the positions where ids int64 [B, L] hold the mask id, given their noise float32 [N, V]."""
         return self.predict(ids_BL, g_NV, length_B)[0]
 
+    def row_cache(self) -> RowCache:
+        """For rows of at most the student's block length."""
+        return RowCache(self.config.layers, self.block_length)
+
+    def logits_from(self, start_B: Tensor, ids_BL: Tensor, g_NV: Tensor | None, cache: RowCache, length_B: Tensor | None = None) -> Tensor:
+        """`logits`, computed from position start_B of each row on, in front of all its masks; what stands before is in the cache.
+
+        The cache is as the last call over these positions left it, so its tokens have not seen what was written since: approximate
+        for more than one layer, and `logits` itself where start_B is 0. With `shift` the token before the first mask is read too.
+        """
+        length = ids_BL.shape[1]
+        width = length - start_B if length_B is None else length_B - start_B
+        position_BQ = start_B[:, None] + torch.arange(int(width.max()), device=ids_BL.device)
+        at_BQ = position_BQ.clamp_max(length - 1)
+        ids_BQ = ids_BL.gather(1, at_BQ).masked_fill(position_BQ >= length, 0)
+        where_N = (ids_BQ.flatten() == self.mask_id).nonzero()[:, 0]
+        cos_LD, sin_LD = self.model.rotary(length)
+        cache.place(position_BQ, length)
+        return self.through(ids_BQ, where_N, g_NV, (cos_LD[at_BQ][:, None], sin_LD[at_BQ][:, None]), self._within(ids_BL, length_B), cache)[0]
+
     def predict(self, ids_BL: Tensor, g_NV: Tensor | Noise | None, length_B: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Output logits [N, V] and each draft's, [N, V], given Gumbel noise, made or unmade."""
         length = ids_BL.shape[1]
         where_N = (ids_BL.flatten() == self.mask_id).nonzero()[:, 0]
-        mask = None
-        if length_B is not None:
-            mask = (torch.arange(length, device=ids_BL.device) < length_B[:, None])[:, None, None, :]
-        return self.through(ids_BL, where_N, g_NV, self.model.rotary(length), mask)
+        return self.through(ids_BL, where_N, g_NV, self.model.rotary(length), self._within(ids_BL, length_B))
+
+    def _within(self, ids_BL: Tensor, length_B: Tensor | None) -> Tensor | None:
+        """Who may be seen, bool [B, 1, 1, L]; None where all may."""
+        return None if length_B is None else (torch.arange(ids_BL.shape[1], device=ids_BL.device) < length_B[:, None])[:, None, None, :]
 
     def forward(self, batch: Batch, chance: Chance, noise_of: Batch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over rows, nats, and figures (sums) to log. `noise_of` gives each row the noise of another batch's row: the probe."""

@@ -55,12 +55,12 @@ class Step:
 
 
 class Medusa(Base):
-    """Heads alone: the backbone is held outside of the parameters."""
+    """Heads alone: the backbone is held outside of the parameters. It is loaded, or is `base`."""
 
-    def __init__(self, config: StudentConfig, vocab_size: int, block_length: int):
+    def __init__(self, config: StudentConfig, vocab_size: int, block_length: int, base: Frozen | None = None):
         super().__init__()
         _check(config)
-        self.base = Frozen(config.medusa, vocab_size, block_length)
+        self.base = Frozen(config.medusa, vocab_size, block_length) if base is None else base
         found = replace(config.medusa, revision=self.base.revision, weights_sha256=self.base.weights_sha256)
         noise = config.noise
         self.config, self.noise = replace(config, medusa=found), noise
