@@ -10,6 +10,9 @@
     decode     python -m benchmarks.decode    what noise adds to a student's training step, from the sketch and from a teacher in the loop
     cost       python -m benchmarks.cost      GPU hours, bytes and requests of a dataset before it is made: an estimate, or from measured rates
     noise_cost python -m benchmarks.noise_cost  parameters and FLOPs that noise adds to a student, by option, at well-known sizes
+    one_call   python -m benchmarks.one_call  what limits noise to text in one call: students of an exact teacher that differ in one thing each
+    reach      what an ideal reader knows from the last few noises, and what a student takes from them, for one_call
+    one_call_table  its tables
     loader     python -m benchmarks.loader    batches a second: ours, memory-mapped numpy, and other libraries' loaders on the same rows
     loaders    those readers, for loader
     scale      python -m benchmarks.scale     a second worker's help, and what a worker does beside its teacher
