@@ -13,6 +13,7 @@
     one_call   python -m benchmarks.one_call  what limits noise to text in one call: students of an exact teacher that differ in one thing each
     reach      what an ideal reader knows from the last few noises, and what a student takes from them, for one_call
     one_call_table  its tables
+    wide_teacher  python -m benchmarks.wide_teacher  a teacher of a small one's function at a large one's cost, for eval accept
     loader     python -m benchmarks.loader    batches a second: ours, memory-mapped numpy, and other libraries' loaders on the same rows
     loaders    those readers, for loader
     scale      python -m benchmarks.scale     a second worker's help, and what a worker does beside its teacher

@@ -100,7 +100,8 @@ class StudentConfig:
     block_size: int = 0
     """bd3lm: positions of a block, the first block's BOS among them; at most the dataset's block length."""
     clip: tuple[float, float] = (0.0, 1.0)
-    """bd3lm: training draws each block's mask rate between these two; evaluation between 0 and 1 always, or 1 for blocks of one position."""
+    """mdlm, bd3lm: training draws each row's, or block's, mask rate between these two; evaluation between 0 and 1 always, or 1 for blocks of one
+    position. Rates near 0 are those of the last steps of many: students of few steps can do without them."""
     clip_search: bool = False
     """bd3lm: choose that interval anew at every held-out evaluation, by the least variance of the loss; clip holds until the first.
     A resumed run must keep eval_every, eval_rows and data.heldout then: they decide its numbers."""
@@ -119,11 +120,10 @@ class StudentConfig:
         if self.kind in ("ar", "medusa") and (self.backbone != "llama" or not self.tied):
             raise ValueError(f"student.backbone is {self.backbone}, student.tied {self.tied}; student.kind {self.kind} reads neither, drop them")
         usual = {spec.name: spec.default if spec.default_factory is MISSING else spec.default_factory() for spec in fields(self)}
-        readers = {"bd3lm": ("block_size", "clip", "clip_search", "attention"), "mtp": ("predict", "context"), "medusa": ("medusa",)}
-        for kind, names in readers.items():
-            for name in names:
-                if self.kind != kind and getattr(self, name) != usual[name]:
-                    raise ValueError(f"student.{name} is {getattr(self, name)}, which only student.kind {kind} reads (kind is {self.kind}); drop it")
+        readers = dict.fromkeys(("block_size", "clip_search", "attention"), "bd3lm") | dict.fromkeys(("predict", "context"), "mtp")
+        for name, kinds in (readers | {"medusa": "medusa", "clip": "mdlm or bd3lm"}).items():
+            if self.kind not in kinds.split(" or ") and getattr(self, name) != usual[name]:
+                raise ValueError(f"student.{name} is {getattr(self, name)}, which only student.kind {kinds} reads (kind is {self.kind}); drop it")
 
 
 @dataclass

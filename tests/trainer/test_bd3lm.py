@@ -104,10 +104,13 @@ def test_one_forward_over_both_halves_is_every_block_run_alone(batch, noise, siz
         assert sum(float(student(part, chance)[1]["nelbo"]) for part in batch.split(7)) == pytest.approx(float(figures["nelbo"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("clip", [(0.0, 1.0), (0.4, 0.9)])
 @pytest.mark.parametrize("noise", [*NOISES, "token_kd"])
-def test_one_block_over_the_row_is_mdlm(batch, noise):
-    options = {"objective": ObjectiveConfig(token_kd=0.5)} if noise == "token_kd" else {"noise": NOISES[noise]}
-    ours, theirs = student_of(L, **options).float(), student_of(0, kind="mdlm", **options).float()
+def test_one_block_over_the_row_is_mdlm(batch, noise, clip):
+    options = {"clip": clip} | ({"objective": ObjectiveConfig(token_kd=0.5)} if noise == "token_kd" else {"noise": NOISES[noise]})
+    ours, theirs = student_of(L, **options).float().train(), student_of(0, kind="mdlm", **options).float().train()
+    assert theirs.rates() == ours.rates() == (max(clip[0], 1e-3), clip[1]) and theirs.eval().rates() == (1e-3, 1.0)
+    theirs.train()
     theirs.load_state_dict(ours.state_dict())
     chance = Chance(3, 5, 24)
     (loss, figures), (expected, their_figures) = ours(batch, chance), theirs(batch, chance)

@@ -4,7 +4,8 @@ Log-linear schedule: at time t every token is masked with probability t, and the
 
     NELBO = E_t [ 1/t  sum over masked positions of  -log softmax(logits)[x] ]
 
-No time conditioning. The token at position 0 (BOS) is given. Shapes as in the package; N masked positions, row-major.
+No time conditioning. Training may draw t from a part of [0, 1] (`clip`), evaluation never does. The token at position 0 (BOS) is given.
+Shapes as in the package; N masked positions, row-major.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ import torch
 from torch import Tensor
 
 from noise.decode import Noise
+from trainer import clip
 from trainer.attention import RowCache
-from trainer.chance import Chance
+from trainer.chance import SMALLEST_TIME, Chance
+from trainer.config import StudentConfig
 from trainer.data import Batch
 from trainer.students.masked import Masked
 
 
 class MDLM(Masked):
+    def __init__(self, config: StudentConfig, vocab_size: int, block_length: int):
+        clip.check(config.clip)
+        super().__init__(config, vocab_size, block_length)
+
     def logits(self, ids_BL: Tensor, g_NV: Tensor | None = None, length_B: Tensor | None = None) -> Tensor:
         """float32 [N, V] at the positions where ids int64 [B, L] hold the mask id, given their noise float32 [N, V]."""
         return self.predict(ids_BL, g_NV, length_B)[0]
@@ -54,9 +61,14 @@ class MDLM(Masked):
         """Who may be seen, bool [B, 1, 1, L]; None where all may."""
         return None if length_B is None else (torch.arange(ids_BL.shape[1], device=ids_BL.device) < length_B[:, None])[:, None, None, :]
 
+    def rates(self) -> tuple[float, float]:
+        """The interval of t: all of it in evaluation, what is clipped in training."""
+        low, high = self.config.clip if self.training else (0.0, 1.0)
+        return max(low, SMALLEST_TIME), high
+
     def forward(self, batch: Batch, chance: Chance, noise_of: Batch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over rows, nats, and figures (sums) to log. `noise_of` gives each row the noise of another batch's row: the probe."""
-        t_B = chance.times(batch.place_B)
+        t_B = chance.rates(batch.place_B, 1, *self.rates())[:, 0]
         masked_BL = chance.masked(batch.sequence_id_B, t_B, batch.input_ids_BL.shape[1]) & batch.valid_BL
         where_N = masked_BL.flatten().nonzero()[:, 0]
         logits_NV, drafts = self.predict(
