@@ -62,7 +62,9 @@ class View:
             self._cache = self._student.row_cache()
             start_B = torch.zeros_like(now_B)
         else:
-            self._cache.keep_rows(moving_B[self._moved_B])
+            stays_A = moving_B[self._moved_B]
+            if not bool(stays_A.all()):  # a copy of the whole cache
+                self._cache.keep_rows(stays_A)
             start_B = (self._began_B - self._recompute + 1).clamp_min(0)
         self._began_B, self._moved_B = now_B, moving_B
         return start_B[moving_B]

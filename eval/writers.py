@@ -180,10 +180,13 @@ class MedusaWriter:
 
     def __init__(self, config: SampleConfig):
         _refuse_masked_settings(config, "has heads on a causal LM, which fill no masks")
-        if config.choose == "argmax":
-            raise ValueError(f"choose is argmax, but {config.student} writes samples of its backbone, argmax(log p + g); drop it, or set top_k to 1")
         self.student, self.seed = _load(config.student, device_of(config.device)), config.seed
         base = self.student.base
+        if config.choose == "argmax":
+            raise ValueError(
+                f"choose is argmax, but {config.student} writes samples of its backbone, argmax(log p + g); drop it, set top_k to 1, "
+                f"or take the backbone itself, {base.folder}"
+            )
         self.lm, self.drafter = (
             CausalLM(str(base.folder), device_of(config.device), self.student.config.medusa.dtype),
             MedusaDrafter(self.student, True),

@@ -9,6 +9,7 @@ or from the machine's role, on every machine that reads or writes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -27,7 +28,16 @@ URI = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?]*)/?(.*)", re.DOTALL)
 
 
 def _switch(value: str) -> bool:
+    if value.lower() not in ("1", "true", "0", "false"):
+        raise ValueError("true or false")
     return value.lower() in ("1", "true")
+
+
+def _seconds(value: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(value) < 1e9:
+            return float(value)
+    raise ValueError("seconds")
 
 
 S3: dict[str, Callable[[str], Any]] = {
@@ -36,8 +46,8 @@ S3: dict[str, Callable[[str], Any]] = {
     "scheme": str,
     "anonymous": _switch,
     "force_virtual_addressing": _switch,
-    "request_timeout": float,
-    "connect_timeout": float,
+    "request_timeout": _seconds,
+    "connect_timeout": _seconds,
 }
 """Options of s3://, with what reads each; timeouts in seconds."""
 GS: dict[str, Callable[[str], Any]] = {
@@ -45,7 +55,7 @@ GS: dict[str, Callable[[str], Any]] = {
     "scheme": str,
     "anonymous": _switch,
     "project_id": str,
-    "retry_limit_seconds": float,
+    "retry_limit_seconds": _seconds,
 }
 """Options of gs://; the limit is that of the client's own tries, in seconds."""
 OPTIONS = {"s3": S3, "gs": GS, "gcs": GS}
@@ -84,8 +94,6 @@ def split(location: str) -> tuple[str, str, str]:
 @functools.cache
 def client(address: str) -> tuple[Any, str]:
     """(pyarrow filesystem, what its paths begin with) of `scheme://bucket/?options`. Raises DatasetError for an address that cannot be used."""
-    from pyarrow import fs
-
     scheme, bucket, options = URI.fullmatch(address).groups()  # type: ignore[union-attr]
     refuse_secrets(f"a {scheme}:// address", address)
     if ":" in bucket:
@@ -98,15 +106,25 @@ def client(address: str) -> tuple[Any, str]:
             )
         try:
             values[name] = OPTIONS[scheme][name](value)
-        except ValueError:
-            raise DatasetError(f"{scheme}://{bucket}: {name} is {value!r}, expected seconds") from None
+        except ValueError as expected:
+            raise DatasetError(f"{scheme}://{bucket}: {name} is {value!r}, expected {expected}") from None
+    try:
+        return _filesystem(scheme, bucket, values), f"{bucket}/"
+    except (ValueError, ImportError) as error:  # a value that the client refuses, or a pyarrow without that client
+        raise DatasetError(redacted(f"{scheme}://{bucket}: {error}")) from None
+
+
+def _filesystem(scheme: str, bucket: str, values: dict[str, Any]) -> Any:
+    """pyarrow's, with those options."""
+    from pyarrow import fs
+
     if scheme != "s3":
         limit = timedelta(seconds=values.pop("retry_limit_seconds", GS_RETRY_SECONDS))
-        return fs.GcsFileSystem(**values, retry_time_limit=limit), f"{bucket}/"
+        return fs.GcsFileSystem(**values, retry_time_limit=limit)
     if not {"region", "endpoint_override"} & set(values) and not {"AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"} & set(os.environ):
         values["region"] = patiently(lambda: fs.resolve_s3_region(bucket), f"s3://{bucket}")
     # delayed open: a file that fits one part is one PUT, where three requests would make it a multipart upload
-    return fs.S3FileSystem(**S3_TIMEOUTS | values, allow_delayed_open=True), f"{bucket}/"
+    return fs.S3FileSystem(**S3_TIMEOUTS | values, allow_delayed_open=True)
 
 
 def patiently(action: Callable[[], T], name: str) -> T:

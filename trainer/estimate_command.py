@@ -95,10 +95,11 @@ def run(arguments: list[str], parse: Callable[[list[str]], TrainConfig]) -> int:
         return 0
     print("\n".join(TABLE))
     refused = 0
-    for path in filter(_trains, map(Path, ours.recipes)):
+    for path in map(Path, ours.recipes):
         try:
-            print(row(path.stem, _estimated(parse(["--config", str(path), *rest]), ours)[1]))
-        except ValueError as error:
+            if _trains(path):
+                print(row(path.stem, _estimated(parse(["--config", str(path), *rest]), ours)[1]))
+        except (ValueError, OSError, yaml.YAMLError) as error:
             refused += 1
             print(f"{path}: {error}", file=sys.stderr)
     return int(refused > 0)

@@ -262,7 +262,9 @@ class _OpenShard:
 
 
 def _grown(values: Array, shape: tuple[int, ...]) -> Array:
-    """The values in the corner of an array of zeros."""
+    """The values in the corner of an array of zeros; themselves where they fill it."""
+    if values.shape == shape:
+        return values
     found = np.zeros(shape, np.int64)
     found[tuple(map(slice, values.shape))] = values
     return found

@@ -104,6 +104,8 @@ def skeleton(medusa: MedusaConfig, named: str = "") -> Skeleton:
         raise DatasetError(f"{source} is no config of a causal LM: {reason(error)}") from None
     if model.base_model is model or model.get_output_embeddings() is None:
         raise DatasetError(f"{source} is of a {type(model).__name__}, whose output layer cannot be told from its body")
+    if missing := [name for name in ("num_hidden_layers", "num_attention_heads", "hidden_size") if not hasattr(model.config, name)]:
+        raise DatasetError(f"{source} is of a {type(model).__name__}, whose config has no {missing[0]}: what its attention costs cannot be told")
     return Skeleton(model.eval().requires_grad_(False), source)
 
 

@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_one_clear_line(world: Path, tmp_path: Path, capsys
         ("ar", {"nfe": 4}, "nfe is 4, but"),
         ("ar", {"recompute": 4}, "recompute is 4, but"),
         ("medusa", {"nfe": 4}, "which fill no masks"),
-        ("medusa", {"choose": "argmax"}, "choose is argmax, but"),
+        ("medusa", {"choose": "argmax"}, "or take the backbone itself, "),
         ("ar", {"order": "confidence"}, "order is confidence, but"),
         ("ar", {"prompts": str(world / "prompts.jsonl")}, "tokens after its blanks"),
         ("heldout", {}, "is neither a student"),

@@ -119,8 +119,11 @@ def test_addresses_are_refused_where_they_hold_credentials_or_mean_nothing() -> 
         ("s3://key:secret@bucket/x", "an address with credentials is refused"),
         ("s3://bucket/x?access_key=me&secret_key=it", "an address with credentials is refused"),
         ("s3://bucket/x?request_timeout=soon", "request_timeout is 'soon', expected seconds"),
+        ("s3://bucket/x?region=here&scheme=ftp", "s3://bucket: Invalid S3 connection scheme 'ftp'"),
         ("gs://bucket/x?region=here", "there is no option 'region', only endpoint_override, scheme, anonymous"),
         ("gs://bucket/x?retry_limit_seconds=long", "retry_limit_seconds is 'long', expected seconds"),
+        ("gs://bucket/x?retry_limit_seconds=inf", "retry_limit_seconds is 'inf', expected seconds"),
+        ("gs://bucket/x?anonymous=yes", "anonymous is 'yes', expected true or false"),
         ("hf://me/x", "named hf://datasets/OWNER/NAME"),
     ]:
         with pytest.raises(DatasetError, match=message):

@@ -181,6 +181,14 @@ def test_no_more_shards_are_open_than_allowed_and_rows_stay_right(folders, tmp_p
     assert len(maps) == narrow.open_count() == 2
 
 
+def test_a_shard_in_another_ones_place_needs_no_new_table(folders):
+    dataset = NoiseDataset(folders[0], open_shards=1)
+    dataset.batch(np.array([0]))
+    table = dataset._mapped._address
+    dataset.batch(np.array([len(dataset) - 1]))
+    assert dataset._mapped._address is table and dataset.open_count() == 1
+
+
 def test_a_mixture_gives_each_dataset_its_share_and_every_row_once_an_epoch(folders):
     one, two = (NoiseDataset(folder) for folder in folders)
     mixture = Mixture([one, two], [5, 1])

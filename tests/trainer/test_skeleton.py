@@ -124,9 +124,10 @@ def test_several_recipes_make_a_table_and_what_trains_nothing_is_left_out(capsys
 
 
 def test_a_table_goes_on_after_a_recipe_that_cannot_be_told(capsys: pytest.CaptureFixture[str]) -> None:
-    recipes = ["recipes/medusa_vicuna_7b.yaml", "recipes/medusa_gpt2.yaml"]
+    recipes = ["recipes/medusa_vicuna_7b.yaml", "recipes/nowhere.yaml", "pyproject.toml", "recipes/medusa_gpt2.yaml"]
     assert main(["estimate", "--recipes", *recipes, "--vocab_size", "50257", "--block_length", "128"]) == 1
     out, err = capsys.readouterr()
+    assert "recipes/nowhere.yaml: " in err and "pyproject.toml: " in err
     assert "| medusa_gpt2 |" in out and "vicuna" not in out
     assert "recipes/medusa_vicuna_7b.yaml: student.medusa.backbone models/vicuna-7b has logits of width 32000" in err
 
@@ -153,6 +154,9 @@ def test_a_config_of_something_else_is_refused_by_its_name(tmp_path: Path, capsy
         (tmp_path / "config.json").write_text(json.dumps(settings))
         assert main(["estimate", *GPT2, "--block_length", "128", "--backbone_config", str(tmp_path)]) == 1
         assert f"{tmp_path / 'config.json'} is no config of a causal LM" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 99}))
+    assert main(["estimate", *GPT2, "--block_length", "128", "--backbone_config", str(tmp_path)]) == 1
+    assert "of a MambaForCausalLM, whose config has no num_attention_heads" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(Path("recipes").glob("medusa_*.yaml")), ids=lambda path: path.stem)
