@@ -116,6 +116,10 @@ class StudentConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def __post_init__(self) -> None:
+        if min(self.layers, self.hidden, self.heads) < 1:
+            raise ValueError(f"student.layers is {self.layers}, student.hidden {self.hidden}, student.heads {self.heads}; each must be at least 1")
+        if len(self.clip) != 2:
+            raise ValueError(f"student.clip is {list(self.clip)}; give two mask rates")
         self.clip = (self.clip[0], self.clip[1])  # JSON makes it a list
         if self.kind in ("ar", "medusa") and (self.backbone != "llama" or not self.tied):
             raise ValueError(f"student.backbone is {self.backbone}, student.tied {self.tied}; student.kind {self.kind} reads neither, drop them")

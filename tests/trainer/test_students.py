@@ -153,6 +153,12 @@ def test_options_that_would_be_ignored_are_refused(noise, message):
         build(config(noise=noise), V, L)
 
 
+@pytest.mark.parametrize(("changes", "message"), [({"heads": 0}, "student.heads 0; each must be at least 1"), ({"clip": [0.5]}, "give two mask rates")])
+def test_shapes_that_are_none_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        StudentConfig(**changes)
+
+
 @pytest.mark.parametrize("noise", [NoiseConfig(), EVERYTHING], ids=["none", "everything"])
 def test_a_saved_masked_student_loads_equal(tmp_path, noise):
     student = build(config(noise=noise), V, L).eval()

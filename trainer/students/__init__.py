@@ -60,7 +60,7 @@ def load_student(folder: Path, device: str = "cpu") -> Student:
         student = build(StudentConfig(**settings), about["vocab_size"], about["block_length"])
     except DatasetError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ArithmeticError) as error:
         raise DatasetError(f"{folder / 'student.json'} does not describe a student of this version: {error}") from None
     if student.config.kind == "ar":
         weights.pop("lm_head.weight", None)
