@@ -153,7 +153,9 @@ def test_options_that_would_be_ignored_are_refused(noise, message):
         build(config(noise=noise), V, L)
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"heads": 0}, "student.heads 0; each must be at least 1"), ({"clip": [0.5]}, "give two mask rates")])
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"heads": 0}, "student.heads 0; each must be at least 1"), ({"clip": [0.5]}, "give two mask rates")]
+)
 def test_shapes_that_are_none_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         StudentConfig(**changes)
