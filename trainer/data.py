@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, repeat
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -95,15 +96,22 @@ def batches(
         place_B = np.arange(rank * share, (rank + 1) * share)
         return dataset.batch(row_B, epoch_B % dataset.codec.draws, place_B, narrow=narrow, pin=pin)
 
-    made: deque[tuple[Future[Batch], int]] = deque()
+    def make_some(sample: int, count: int) -> list[tuple[Batch, Place]]:
+        starts = range(sample, sample + count * global_batch, global_batch)
+        return [(make(start), order.place(start + global_batch)) for start in starts]
+
+    # handing over costs as much as making a small batch does, so they come half of `ahead` at a time; the first alone, since somebody waits for it
+    together = max(1, ahead // 2)
+    counts = chain([1], repeat(together))
+    made: deque[Future[list[tuple[Batch, Place]]]] = deque()
     thread = ThreadPoolExecutor(1, thread_name_prefix="batches ahead")
     try:
         while True:
-            while len(made) < max(1, ahead):
-                made.append((thread.submit(make, sample), sample + global_batch))
-                sample += global_batch
-            future, after = made.popleft()
-            yield future.result(), order.place(after)
+            while len(made) < max(1, ahead // together):
+                count = next(counts)
+                made.append(thread.submit(make_some, sample, count))
+                sample += count * global_batch
+            yield from made.popleft().result()
     finally:
         thread.shutdown(cancel_futures=True)
         dataset.release()

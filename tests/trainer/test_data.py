@@ -149,7 +149,8 @@ def write_any(folder: Path, vocab_size: int, about: dict) -> Path:
     return folder
 
 
-def test_batches_are_made_ahead_but_no_more_than_was_asked_for(folders, monkeypatch):
+@pytest.mark.parametrize("ahead", [1, 3, 4, 7])
+def test_batches_are_made_ahead_but_no_more_than_was_asked_for(folders, ahead, monkeypatch):
     dataset, made = NoiseDataset(folders[0]), []
     made_so_far, batch = threading.Condition(), dataset.batch
 
@@ -160,12 +161,12 @@ def test_batches_are_made_ahead_but_no_more_than_was_asked_for(folders, monkeypa
         return batch(*args, **more)
 
     monkeypatch.setattr(dataset, "batch", counted)
-    source = batches(dataset, 1, 10, Place(), ahead=3)
-    for taken in range(1, 4):
+    source = batches(dataset, 1, 10, Place(), ahead=ahead)
+    for taken in range(1, 9):
         next(source)
         with made_so_far:
             assert made_so_far.wait_for(lambda least=taken: len(made) >= least, 60)
-        assert len(made) <= taken + 3
+        assert len(made) <= taken + ahead
     source.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches ahead")]
 
