@@ -84,7 +84,6 @@ def batches(
             f"data.cache_bytes is {dataset.cache_bytes:,}; reading {dataset.address} with {ahead} batches ahead needs up to {needed:,}: raise it, "
             "or lower data.window, data.ahead or optim.global_batch"
         )
-    gather.warm()
     order: Any = dataset.order(seed)
     share = global_batch // world
     sample = order.sample(place)
@@ -111,7 +110,9 @@ def batches(
                 count = next(counts)
                 made.append(thread.submit(make_some, sample, count))
                 sample += count * global_batch
-            yield from made.popleft().result()
+            some = made.popleft().result()
+            gather.warm()  # not before: it would hold the interpreter while the first batch is waited for
+            yield from some
     finally:
         thread.shutdown(cancel_futures=True)
         dataset.release()
