@@ -61,20 +61,21 @@ def load_tokenizer(name: str) -> Any:
 
 
 class CausalLM:
-    """A causal LM in eval mode. Raises DatasetError when it cannot be loaded."""
+    """A causal LM in eval mode; `model` is it where it is loaded already. Raises DatasetError when it cannot be loaded."""
 
-    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32"):
+    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32", model: Any = None):
         import transformers
 
         self.name, self.device = name, torch.device(device)
         self.identity = model_identity(name)
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            loader: Any = transformers.AutoModelForCausalLM
-            self.model = loader.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
+            if model is None:
+                loader: Any = transformers.AutoModelForCausalLM
+                model = loader.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DatasetError(f"{name}: transformers cannot load a causal LM from it ({_first_line(error)})") from None
-        self.model = self.model.to(device).eval()
+        self.model = model.to(device).eval()
 
     @property
     def vocab_size(self) -> int:

@@ -187,10 +187,8 @@ class MedusaWriter:
                 f"choose is argmax, but {config.student} writes samples of its backbone, argmax(log p + g); drop it, set top_k to 1, "
                 f"or take the backbone itself, {base.folder}"
             )
-        self.lm, self.drafter = (
-            CausalLM(str(base.folder), device_of(config.device), self.student.config.medusa.dtype),
-            MedusaDrafter(self.student, True),
-        )
+        self.lm = CausalLM(str(base.folder), device_of(config.device), model=base.model)
+        self.drafter = MedusaDrafter(self.student, True)
         self.decoding = Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
         self.vocab_size, self.longest, self.asked, self.label = self.lm.vocab_size, self.student.block_length, 0, "drafted-by-heads"
         self.identity = folder_identity(Path(config.student))
