@@ -26,6 +26,8 @@ from pipeline.config import WorkError
 
 NAME = "driver.json"
 BEAT = 20.0
+INTERRUPT = signal.SIGUSR1
+"""What stops a driver that lost its lease. Not SIGINT, which a shell has its background commands ignore."""
 SECONDS = 180.0
 
 Clock = Callable[[], float]
@@ -115,7 +117,7 @@ class Lease:
 
 @contextlib.contextmanager
 def driving(folder: Folder) -> Iterator[None]:
-    """Hold the lease, renewed by a thread. Raises WorkError where another driver has it, or takes it meanwhile."""
+    """Hold the lease, renewed by a thread; for the main thread. Raises WorkError where another driver has it, or takes it meanwhile."""
     lease, done = Lease(folder), threading.Event()
     message = ""
 
@@ -126,22 +128,26 @@ def driving(folder: Folder) -> Iterator[None]:
                 lease.beat()
             except WorkError as error:
                 message = str(error)
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # whatever the driver waits for
+                signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)  # whatever the driver waits for
                 return
             except (OSError, DatasetError):  # a store out of order, or driver.json read while it was replaced: the next beat tells
                 continue
 
+    before = signal.signal(INTERRUPT, signal.default_int_handler)
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
     except KeyboardInterrupt:
         if lease.lost:
             raise WorkError(message) from None
         raise
     finally:
-        done.set()
-        thread.join()
+        signal.signal(INTERRUPT, before or signal.SIG_DFL)
         with contextlib.suppress(OSError):
             lease.release()
 

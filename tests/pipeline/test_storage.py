@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,13 +166,23 @@ def test_a_lease_is_renewed_until_another_driver_takes_it_and_is_not_removed_the
     assert held.lost and folder.json(lease.NAME)["id"] == "other"
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["in the foreground", "in a shell's background"])
+def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What Ctrl-C does; a shell has the commands that it starts with & ignore it."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_driver_that_lost_its_lease_stops_with_the_same_message(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT", 0.01)
+    before = signal.getsignal(lease.INTERRUPT)
     with pytest.raises(WorkError, match="process 77 on far-away"), driving(folder):
         for _ in range(300):  # work, until the beat that finds out; a beat at the same moment may have put the lease back
             put(folder, elsewhere(10.0**10))
             threading.Event().wait(0.1)
-    assert folder.json(lease.NAME)["id"] == "other"
+    assert folder.json(lease.NAME)["id"] == "other" and signal.getsignal(lease.INTERRUPT) == before
 
 
 def test_two_drivers_of_one_dataset_the_second_stops_and_the_first_finishes(world: World, bucket: Bucket) -> None:
