@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 _LOST = ("gloo", "Gloo", "NCCL", "onnection")
 """Words in what torch says when the other end of a connection is gone."""
+FAREWELL = 0.5
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -81,5 +84,8 @@ def start(device: str, threads: int) -> World:
 
 
 def stop() -> None:
+    """Leave the group. gloo's own thread still lets go of the last sum's tensors, for which it needs the interpreter: a group that is destroyed
+    before, by whoever holds it last, waits for that thread with the interpreter in its hands, for ever."""
     if dist.is_initialized():
+        time.sleep(FAREWELL)
         dist.destroy_process_group()
