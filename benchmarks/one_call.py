@@ -18,7 +18,7 @@ noise that is drawn backwards from text is as good as noise that text is written
 same (benchmarks.reach); "reach" is how many an ideal reader would need to match as often as the student does.
 
 Students and figures are kept under --folder: interrupted at any moment, the same command continues, and other --students or --seeds make only what is
-missing. About seven minutes of processor time a seed. The table goes to stdout, progress to stderr.
+missing. About seven minutes of processor time a seed, by estimate. The table goes to stdout, progress to stderr.
 """
 
 from __future__ import annotations
