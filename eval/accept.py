@@ -40,11 +40,11 @@ from eval.speculative import Drafter, Written, speculate
 from eval.study import device_of
 from noise import philox
 from noise.identity import differences
-from noise.storage import DatasetError, read_json, write_json
+from noise.storage import DatasetError, read_json, weights_hash, write_json
 from pipeline.config import Teacher as TeacherConfig
 from pipeline.generate import write
 from pipeline.replay import tolerance
-from pipeline.teacher import locate, weights_hash
+from pipeline.teacher import locate
 from pipeline.tokenizer import tokenizer_hash
 from trainer.students import load_student
 

@@ -225,3 +225,13 @@ def _wanted(kind: Any, beside: tuple[str, ...]) -> list[tuple[str, str, tuple[ty
     """(name, type as a word, what JSON may hold) of a dataclass's fields."""
     allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
     return [(field.name, str(field.type), allowed[str(field.type)]) for field in fields(kind) if field.name not in beside]
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the names and contents of a model's safetensors files. Raises DatasetError when there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DatasetError(f"{folder} has no .safetensors weights; save the model with save_pretrained (other formats can run code and are refused)")
+    if len(files) == 1:
+        return sha256_file(files[0])
+    return sha256_text("".join(f"{path.name} {sha256_file(path)}\n" for path in files))

@@ -11,7 +11,6 @@ Shapes: B rows, L positions, H hidden, N positions with noise, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from noise.identity import differences
-from noise.storage import DatasetError, canonical_json, read_json, sha256_file, sha256_text
+from noise.storage import DatasetError, canonical_json, read_json, sha256_text, weights_hash
 from pipeline import config
 from pipeline.config import HUB_ID
 
@@ -49,19 +48,6 @@ def locate(teacher: config.Teacher) -> tuple[Path, str | None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DatasetError(f"teacher.model {teacher.model!r} is not a local folder, and the hub did not give it: {reason}") from None
     return found, found.name
-
-
-def weights_hash(folder: Path) -> str:
-    """sha256 over the names and contents of the safetensors files. Raises DatasetError when there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DatasetError(f"{folder} has no .safetensors weights; save the model with save_pretrained (other formats can run code and are refused)")
-    if len(files) == 1:
-        return sha256_file(files[0])
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def config_hash(folder: Path) -> str:

@@ -7,14 +7,13 @@ Shapes: B rows, L positions, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from noise.storage import DatasetError, read_json, sha256_file
+from noise.storage import DatasetError, read_json, weights_hash
 from trainer.config import MedusaConfig
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -42,16 +41,6 @@ def locate(config: MedusaConfig) -> tuple[Path, str]:
             f"{reason(error)}"
         ) from None
     return found, found.name
-
-
-def weights_hash(folder: Path) -> str:
-    """sha256 over the names and contents of the safetensors files, as a dataset's identity has its teacher's."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DatasetError(f"{folder} has no .safetensors weights; save the model with save_pretrained (other formats can run code and are refused)")
-    if len(files) == 1:
-        return sha256_file(files[0])
-    return hashlib.sha256("".join(f"{path.name} {sha256_file(path)}\n" for path in files).encode()).hexdigest()
 
 
 class Frozen:
