@@ -19,7 +19,7 @@ from noise.storage import DatasetError, canonical_json, parse_json, readable_jso
 
 SEAL = "seal.json"
 UNSEALED = ("manifest.json", SEAL, "run.jsonl", "driver.json")
-"""What seals itself, and what is written while a dataset is made or after it."""
+"""What has hashes of its own."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
     "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja",

@@ -16,15 +16,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from noise.folder import Folder
-from noise.storage import DatasetError, checked_fields, readable_json
+from noise.seal import broken, sealed
+from noise.storage import DatasetError, checked_fields, parse_json, readable_json
 from pipeline.config import WorkError
 
 NAME = "driver.json"
+HASH = "driver_hash"
+"""The field with the hash of the others."""
 BEAT = 20.0
 INTERRUPT = signal.SIGUSR1
 """What stops a driver that lost its lease. Not SIGINT, which a shell has its background commands ignore."""
@@ -96,16 +98,13 @@ class Lease:
             raise WorkError(self._taken(standing))
 
     def _content(self) -> bytes:
-        return readable_json(asdict(self._holder)).encode()
+        return readable_json(sealed(asdict(self._holder), HASH)).encode()
 
     def _read(self) -> Holder | None:
         try:
-            value: dict[str, Any] = self.folder.json(NAME)
-        except DatasetError:
-            if self.folder.exists(NAME):
-                raise
+            return read_holder(self.folder)[0]
+        except FileNotFoundError:
             return None
-        return Holder(**checked_fields(Holder, value, self.folder.path(NAME)))
 
     def _taken(self, holder: Holder) -> str:
         ago = max(0, round(self.clock() - holder.time))
@@ -113,6 +112,16 @@ class Lease:
             f"{self.folder} is being made by process {holder.pid} on {holder.host}, which said so {ago} s ago; stop it, or wait until it is done. "
             f"If it is dead, run again {max(1, round(SECONDS) - ago)} s from now, or delete {self.folder.path(NAME)} and run again at once"
         )
+
+
+def read_holder(folder: Folder) -> tuple[Holder, bool]:
+    """Who makes the dataset, and whether a hash covers the file (drivers of before wrote none). Raises FileNotFoundError, DatasetError."""
+    path, content = folder.path(NAME), folder.read(NAME)
+    value = parse_json(content, path)
+    hashed = value.keys() != {field.name for field in fields(Holder)}
+    if hashed and (wrong := broken(value, content, path, HASH)):
+        raise DatasetError(f"{wrong}; or delete it, if no driver runs")
+    return Holder(**checked_fields(Holder, value, path)), hashed
 
 
 @contextlib.contextmanager

@@ -1,25 +1,20 @@
-"""What a person sees while it runs, and what stays of it.
+"""What a person sees while it runs.
 
-One live line on a terminal, a plain line every few seconds elsewhere (both on stderr); `RunLog` appends JSON lines to a file.
+One live line on a terminal, a plain line every few seconds elsewhere, both on stderr; `run_log` keeps the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import socket
 import sys
 import time
 from collections import deque
 from types import TracebackType
 from typing import Any
 
-from noise.folder import Folder, Where
 from noise.secrets import redacted
 
 SECONDS_BETWEEN_LINES = 10.0
-SECONDS_BETWEEN_PUTS = 60.0
-"""Of run.jsonl, on a store."""
 SECONDS_OF_NOW = 60.0
 """What the rate now is measured over, or from one item to the next where items take longer."""
 
@@ -128,36 +123,3 @@ class Progress:
         elif not left:
             parts.append(f"in {duration(elapsed)}")
         return ", ".join(parts + ([self._note] if self._note else []))
-
-
-class RunLog:
-    """run.jsonl of a dataset: timings, hosts, retries; outside identity, hashes and manifest.
-
-    Appended to where files can be; on a store put again as a whole, once a minute and at the end.
-    """
-
-    def __init__(self, where: Where):
-        self._folder = Folder.of(where)
-        self._whole: bytearray | None = None
-        self._put = time.monotonic()
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._whole is not None:
-            with contextlib.suppress(OSError):  # the log stops no run
-                self._folder.put("run.jsonl", bytes(self._whole))
-
-    def write(self, event: str, **fields: Any) -> None:
-        about = {"event": event, "time": round(time.time(), 3), "host": socket.gethostname(), **fields}
-        line = redacted(json.dumps(about, sort_keys=True)).encode() + b"\n"
-        if self._folder.append("run.jsonl", line):
-            return
-        if self._whole is None:
-            self._whole = bytearray(self._folder.read("run.jsonl") if self._folder.exists("run.jsonl") else b"")
-        self._whole += line
-        if time.monotonic() - self._put >= SECONDS_BETWEEN_PUTS:
-            self._put = time.monotonic()
-            with contextlib.suppress(OSError):
-                self._folder.put("run.jsonl", bytes(self._whole))

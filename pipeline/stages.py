@@ -23,7 +23,8 @@ from pipeline.inspect import is_finished
 from pipeline.lease import driving
 from pipeline.making import Making
 from pipeline.plan import make_plan, write_plan
-from pipeline.progress import Progress, RunLog, printable, say
+from pipeline.progress import Progress, printable, say
+from pipeline.run_log import RunLog
 from pipeline.standing import find_plan
 
 

@@ -6,7 +6,6 @@ first shard on, by the clocks of the machines that wrote; where there is no run.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from noise.receipt import Receipt, committed
 from noise.storage import DatasetError
 from pipeline.estimate import human
 from pipeline.progress import duration
+from pipeline.run_log import last_run
 
 LATELY = 600.0
 """Seconds that the rate now looks back."""
@@ -58,22 +58,6 @@ class Status:
         if len(made) < 2 or made[-1]["time"] <= made[0]["time"]:
             return None
         return sum(event["receipt"]["tokens"] for event in made[1:]) / (made[-1]["time"] - made[0]["time"])
-
-
-def last_run(folder: Folder) -> list[dict[str, Any]]:
-    """The events since the last `begin`; a line that is being written is left out."""
-    events: list[dict[str, Any]] = []
-    if not folder.exists("run.jsonl"):
-        return events
-    for line in folder.read("run.jsonl").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if event.get("event") == "begin":
-            events = []
-        events.append(event)
-    return events
 
 
 def in_words(where: Where) -> str:

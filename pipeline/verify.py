@@ -6,10 +6,11 @@
     shards/*.json     the manifest's receipts, to the byte
     shards/*.arrow    sha256, then schema, counts and content (`soundness`)
     what else seal.json names (card, plan, recipe, tokenizer)      sha256
+    run.jsonl         the hash in each of its lines
+    driver.json       its own hash, its form to the byte; there while a driver runs, or when one died late
 
-So any changed byte is found, and its file named. Not covered: run.jsonl and driver.json, which are logs and change while
-a dataset is made, and files that somebody put there later; they are listed. Datasets of before seal.json cover less,
-and that is said too. All damage is reported, not only the first. Costs one pass over the bytes.
+So any changed byte is found, and its file named. Not covered: files that somebody put there later; they are listed. Datasets
+of before these hashes cover less, and that is said too. All damage is reported, not only the first. Costs one pass over the bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from noise.lineage import grows_from
 from noise.receipt import Receipt, read_receipt, receipt_name
 from noise.seal import SEAL, broken, hash_of, read_seal
 from noise.storage import DatasetError, parse_json, readable_json
+from pipeline import lease, run_log
 from pipeline.config import DamageError
 from pipeline.progress import Progress, say
 from pipeline.soundness import verify_shard
@@ -85,6 +87,7 @@ def examine(where: Where, processes: int | None = None) -> Findings:
     found = Findings(manifest, sealed="manifest_hash" in value)
     found.damage += _plan(folder, manifest)
     found.damage += _small_files(folder, manifest, found)
+    found.damage += _logs(folder, found)
     there = dict(folder.sizes("shards"))
     for inner in sorted({receipt.file.rpartition("/")[0] for receipt in manifest.receipts} - {""}):  # of a published dataset
         there |= {f"{inner}/{name}": size for name, size in folder.sizes(f"shards/{inner}").items()}
@@ -159,6 +162,26 @@ def _small_files(folder: Folder, manifest: Manifest, found: Findings) -> list[st
             damage.append(f"{folder.path('tokenizer')} is not the tokenizer of this dataset: its hash is not the identity's; fetch it again")
         elif not sealed:  # of a tokenizer, the identity's hash covers the rules
             found.uncovered = [name for name in found.uncovered if name != "tokenizer/tokenizer.json"]
+    return damage
+
+
+def _logs(folder: Folder, found: Findings) -> list[str]:
+    """What is written beside a dataset while it is made, each with hashes of its own; takes from `uncovered` what they cover."""
+    damage, covered = [], set()
+    if run_log.NAME in found.uncovered and (line := run_log.damaged_line(folder.read(run_log.NAME))) != 0:
+        covered.add(run_log.NAME)
+        if line:
+            damage.append(f"{folder.path(run_log.NAME)}, line {line}, is not as it was written: edited or damaged; nothing reads it as data")
+    if lease.NAME in found.uncovered:
+        try:
+            _, hashed = lease.read_holder(folder)
+        except FileNotFoundError:  # its driver has ended meanwhile
+            hashed = True
+        except DatasetError as error:
+            hashed = True
+            damage.append(str(error))
+        covered |= {lease.NAME} if hashed else set()
+    found.uncovered = [name for name in found.uncovered if name not in covered]
     return damage
 
 

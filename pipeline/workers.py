@@ -20,7 +20,8 @@ from pipeline.cluster import cluster, gpus_of_a_worker, ray_module
 from pipeline.config import AUTO, Work, WorkError
 from pipeline.extract import Job
 from pipeline.plan import settle_micro_batch
-from pipeline.progress import Progress, RunLog, say
+from pipeline.progress import Progress, say
+from pipeline.run_log import RunLog
 from pipeline.worker import THREADS, Outcome, Worker
 
 BARREN = 16

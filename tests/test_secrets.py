@@ -12,7 +12,8 @@ from noise.folder import Folder
 from noise.secrets import redacted, refuse_secrets
 from noise.storage import DatasetError
 from pipeline.__main__ import main
-from pipeline.progress import RunLog, printable
+from pipeline.progress import printable
+from pipeline.run_log import RunLog
 from tests.noise.s3 import Bucket, bucket
 from tests.pipeline.world import World
 from tests.trainer.chain import write_chain

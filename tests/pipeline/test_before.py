@@ -13,7 +13,8 @@ from pipeline import estimate, stages
 from pipeline.__main__ import main
 from pipeline.extract import Job
 from pipeline.pilot import Report, run
-from pipeline.progress import Progress, RunLog
+from pipeline.progress import Progress
+from pipeline.run_log import RunLog
 from pipeline.status import Status, in_words
 from pipeline.teacher import Teacher
 from tests.pipeline import written

@@ -26,6 +26,8 @@ from pipeline import deep, verify
 from pipeline.__main__ import main
 from pipeline.card import write_card
 from pipeline.config import DamageError
+from pipeline.lease import Holder, Lease
+from pipeline.run_log import RunLog
 from pipeline.soundness import beaten
 from pipeline.stages import save_recipe
 from tests.noise.teachers import SHAPES, log_probs, sample
@@ -41,7 +43,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     settings = {"teacher__model": made.root / "teacher", "packing__shard_characters": 4000}
     make_here(["extract", *made.options(**settings)])
     save_recipe(made.recipe(**settings), made.output)
+    Lease(Folder.of(made.output))  # of a driver that died at the very end
     seal(made.output)
+    with RunLog(made.output) as log:
+        log.write("begin", shards=3)
+        log.write("end", root_hash="0" * 64)
     return made
 
 
@@ -79,7 +85,7 @@ def test_a_sound_dataset_has_no_damage_and_no_file_without_a_hash(world: World) 
     assert (found.damage, found.uncovered, found.sealed, found.receipts) == ([], [], True, True)
     assert verify.verify(world.output) == Manifest.read(world.output)
     assert {path.relative_to(world.output).parts[0] for path in files_of(world.output)} == {
-        "README.md", "manifest.json", "plan.json", "recipe.yaml", "seal.json", "shards", "tokenizer",
+        "README.md", "driver.json", "manifest.json", "plan.json", "recipe.yaml", "run.jsonl", "seal.json", "shards", "tokenizer",
     }  # fmt: skip
 
 
@@ -101,11 +107,11 @@ def test_one_changed_byte_in_any_file_is_found_and_the_file_named(copy: Path) ->
     assert damage_of(copy) == []
 
 
-@pytest.mark.parametrize(("name", "count"), [("manifest.json", 300), ("seal.json", 40)])
-def test_one_changed_byte_in_what_holds_the_hashes_is_found(copy: Path, name: str, count: int) -> None:
+@pytest.mark.parametrize(("name", "count"), [("manifest.json", 300), ("seal.json", 40), ("run.jsonl", 1000), ("driver.json", 1000)])
+def test_one_changed_byte_in_what_holds_its_own_hashes_is_found(copy: Path, name: str, count: int) -> None:
     path = copy / name
     whole = path.read_bytes()
-    for number, at in enumerate(offsets(whole, count, 1)):
+    for number, at in enumerate(offsets(whole, count, 1) if count < len(whole) else range(len(whole))):
         changed = bytearray(whole)
         changed[at] ^= 1 << number % 8
         path.write_bytes(changed)
@@ -131,15 +137,30 @@ def test_what_is_missing_or_does_not_belong_is_named(copy: Path, change: Any, me
 
 def test_what_no_hash_covers_is_said(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "notes.txt").write_text("mine")
-    (copy / "run.jsonl").write_text("{}\n")
+    (copy / "run.jsonl").write_text('{"event": "begin"}\n{"event": "end"}\n')  # as it was written before its lines had hashes
+    (copy / "driver.json").write_text(json.dumps(Holder.here(0.0).__dict__))
     verify.verify(copy)
-    assert "no hash covers notes.txt, run.jsonl" in capsys.readouterr().err
+    assert "no hash covers driver.json, notes.txt, run.jsonl" in capsys.readouterr().err
     value = json.loads((copy / "manifest.json").read_text())
     value.pop("manifest_hash")
     (copy / "seal.json").unlink()
     (copy / "manifest.json").write_text(json.dumps(value))
     verify.verify(copy)
     assert "the manifest is of an older form" in capsys.readouterr().err
+
+
+def test_a_log_of_before_gets_its_hashes_and_a_line_that_was_cut_off_goes_when_a_driver_goes_on(copy: Path) -> None:
+    path = copy / "run.jsonl"
+    path.write_text('{"event": "begin", "time": 1.0}\n{"event": "sha')
+    with RunLog(copy) as log:
+        log.write("begin", shards=1)
+    assert [event["event"] for event in map(json.loads, path.read_text().splitlines())] == ["begin", "begin"]
+    assert damage_of(copy) == [] and verify.examine(copy).uncovered == []
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole.splitlines()[0][:20])
+    assert damage_of(copy) == [f"{path}, line 3, is not as it was written: edited or damaged; nothing reads it as data"]
+    RunLog(copy)
+    assert path.read_bytes() == whole
 
 
 def test_several_processes_find_what_one_finds(copy: Path) -> None:
