@@ -1,22 +1,18 @@
-"""Whole runs, in real processes: exact resume after any death, any number of processes, clear refusals."""
+"""Whole runs, in real processes: any number of processes, figures, refusals, and what stops a run."""
 
 import errno
 import json
 import os
-import random
-import shutil
-import signal
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.trainer import processes
 from tests.trainer.chain import write_chain
-from tests.trainer.processes import DieAtFileOperation, RunOutOfMemory, Terminated
+from tests.trainer.processes import RunOutOfMemory
+from tests.trainer.runs import arguments, lines, refuse, steps
 from trainer import checkpoint
 from trainer.__main__ import main
 from trainer.config import OptimConfig
@@ -24,115 +20,6 @@ from trainer.heldout import Heldout
 from trainer.loop import learning_rate
 from trainer.students import load_student, load_tensors
 from trainer.students.mdlm import MDLM
-
-SMALL = {
-    "student.layers": 2, "student.hidden": 16, "student.heads": 2, "student.dropout": 0.1, "optim.global_batch": 8, "optim.steps": 12,
-    "optim.warmup": 2, "optim.ema": 0.9, "student.noise.kind": "gumbel", "student.noise.readout": "true", "student.noise.drafts": "[1]",
-    "log_every": 1, "eval_every": 0, "checkpoint_every": 2, "device": "cpu", "threads": 1, "tensorboard": "false",
-}  # fmt: skip
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_chain(tmp_path_factory.mktemp("data") / "dataset", rows=60)  # 12 steps of 8 rows: an epoch ends inside step 8
-
-
-def arguments(output: Path, data: Path, **changes) -> list[str]:
-    settings = {"output": output, "data.path": data, **SMALL, **{name.replace("__", "."): value for name, value in changes.items()}}
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-
-
-def refuse(capsys, output: Path, data: Path, **changes) -> str:
-    """Run in this process; returns the message of a refusal, the last thing that it said."""
-    status = main(arguments(output, data, **changes))
-    progress, _, message = capsys.readouterr().err.rpartition("error: ")
-    assert status == 1 and message and "Traceback" not in progress
-    return message
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    output = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert main(arguments(output, data)) == 0
-    return output
-
-
-@pytest.fixture(scope="module")
-def undisturbed_two(data, tmp_path_factory):
-    """By torchrun, in accumulation."""
-    output = tmp_path_factory.mktemp("undisturbed_two") / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = TWO + arguments(output, data, optim__micro_batch=2)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return output
-
-
-def lines(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(output: Path) -> list[dict]:
-    """What training logged, but for the clock."""
-    timed = ("train/tokens/s", "train/waiting")
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines(output) if "train/nelbo" in line]
-
-
-def weights_equal(a: Path, b: Path) -> bool:
-    x, y = load_tensors(a / "model.safetensors"), load_tensors(b / "model.safetensors")
-    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
-
-
-def kill_until_done(output: Path, data: Path, size: int, seed: int, **changes) -> int:
-    """Run again and again, each process killed at a random file operation, until one run gets through; returns the number of deaths."""
-    chance, deaths, before = random.Random(seed), 0, 0
-    while not (output / "student.json").exists():
-        die = DieAtFileOperation(chance.randrange(8, 60), after=chance.random() < 0.5)
-        ended = processes.run(arguments(output, data, **changes), output.with_name("said"), size, die)
-        found = checkpoint.checkpoints(output)
-        assert int(found[-1].name[:6]) >= before if found else not before, "a checkpoint was lost"
-        assert f"resumed at step {before}" in ended[0].said or not before
-        if ended[0].status:
-            assert ended[0].status == -signal.SIGKILL, ended[0].said
-            assert all(peer.status == 1 and "another process of this run ended" in peer.said for peer in ended[1:])
-            deaths += 1
-        before = int(found[-1].name[:6]) if found else 0
-    return deaths
-
-
-def test_a_run_that_dies_at_random_file_operations_ends_with_the_bits_of_one_that_does_not(data, undisturbed, tmp_path):
-    assert kill_until_done(tmp_path / "run", data, size=1, seed=5) >= 3
-    assert weights_equal(tmp_path / "run", undisturbed)
-    assert steps(tmp_path / "run") == steps(undisturbed)
-
-
-def test_so_does_a_run_of_two_processes(data, undisturbed_two, tmp_path):
-    assert kill_until_done(tmp_path / "run", data, size=2, seed=6, optim__micro_batch=2) >= 2
-    assert weights_equal(tmp_path / "run", undisturbed_two)
-    assert steps(tmp_path / "run") == steps(undisturbed_two)
-
-
-def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(data, undisturbed_two, tmp_path):
-    command = arguments(tmp_path / "run", data, optim__micro_batch=2, checkpoint_every=0)
-    ended = processes.run(command, tmp_path, 2, Terminated(step=5, on=1))
-    assert [process.status for process in ended] == [130, 130] and "stopped at step 5" in ended[0].said
-    assert [process.status for process in processes.run(command, tmp_path, 2)] == [0, 0]
-    assert weights_equal(tmp_path / "run", undisturbed_two) and steps(tmp_path / "run") == steps(undisturbed_two)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_signal_between_checkpoints_costs_no_bit_either(data, undisturbed, tmp_path, number):
-    output, log = tmp_path / "run", tmp_path / "said"
-    with processes.training(arguments(output, data), log) as (process,):
-        while process.is_alive() and not ((log / "said.0").exists() and "step 5/12" in (log / "said.0").read_text()):
-            process.join(0.005)
-        os.kill(process.pid, number)
-        process.join(600)
-        assert process.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-    assert not (output / "student.json").exists()
-    assert main(arguments(output, data)) == 0
-    assert weights_equal(output, undisturbed) and steps(output) == steps(undisturbed)
 
 
 def test_two_processes_and_accumulation_train_on_the_same_global_batches(data, undisturbed_two, tmp_path):
@@ -144,70 +31,6 @@ def test_two_processes_and_accumulation_train_on_the_same_global_batches(data, u
     for a, b in zip(steps(output / "1"), steps(output / "2"), strict=True):
         assert a["train/nelbo"] == pytest.approx(b["train/nelbo"], rel=1e-4)
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-3)
-
-
-def test_a_signal_during_a_checkpoint_stops_the_run_and_is_not_lost(data, tmp_path, capsys, monkeypatch):
-    save = checkpoint.save
-
-    def interrupted(run: Path, state: checkpoint.State, *rest) -> None:
-        if state.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        save(run, state, *rest)
-
-    monkeypatch.setattr(checkpoint, "save", interrupted)
-    assert main(arguments(tmp_path / "run", data)) == 130
-    assert "stopped at step 5" in capsys.readouterr().err and not (tmp_path / "run" / "student.json").exists()
-
-
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_continues_to_the_same_bits(data, undisturbed, tmp_path, capsys):
-    output = tmp_path / "run"
-    shutil.copytree(undisturbed, output)
-    (output / "student.json").unlink()
-    damaged = output / "checkpoints" / "000012" / "optimizer.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[-5] ^= 1
-    damaged.write_bytes(content)
-    assert main(arguments(output, data)) == 0
-    said = capsys.readouterr().err
-    assert "optimizer.safetensors is damaged" in said and "set aside as 000012.damaged" in said and "resumed at step 10" in said
-    assert weights_equal(output, undisturbed) and steps(output) == steps(undisturbed)
-    (output / "student.json").unlink()
-    for folder in checkpoint.checkpoints(output):
-        (folder / "state.json").write_text("{}")
-    assert "is whole; remove the folder to train from the start" in refuse(capsys, output, data)
-
-
-def test_a_resumed_run_may_change_its_micro_batch_and_the_place_of_its_data(data, tmp_path, capsys):
-    output, moved = tmp_path / "run", tmp_path / "moved"
-    shutil.copytree(data, moved)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            checkpoint, "save", lambda run, state, *rest, save=checkpoint.save: (save(run, state, *rest), os.kill(os.getpid(), signal.SIGINT))
-        )
-        assert main(arguments(output, data)) == 130
-    assert main(arguments(output, moved, optim__micro_batch=4)) == 0
-    assert "resumed at step" in capsys.readouterr().err
-
-
-def test_a_resumed_run_needs_what_it_started_from_no_more(data, undisturbed, tmp_path):
-    start, output = tmp_path / "start", tmp_path / "run"
-    shutil.copytree(undisturbed, start)
-    assert main(arguments(output, data, student__init_from=start, optim__steps=4)) == 0
-    shutil.rmtree(start)
-    (output / "student.json").unlink()
-    assert main(arguments(output, data, student__init_from=start, optim__steps=4)) == 0
-
-
-def test_settings_that_a_run_did_not_know_had_their_defaults(data, undisturbed, tmp_path, capsys):
-    """A run of an older version continues, and is finished."""
-    output = tmp_path / "run"
-    shutil.copytree(undisturbed, output)
-    for path in (output / "student.json", output / "checkpoints" / "000012" / "state.json"):
-        about = json.loads(path.read_text())
-        del about["recipe"]["student"]["noise"]["draft_restart"], about["recipe"]["optim"]["schedule"]
-        path.write_text(json.dumps(about))
-    assert main(arguments(output, data)) == 0 and "trained already" in capsys.readouterr().out
-    assert "optim.schedule: 'linear' here, 'constant' there" in refuse(capsys, output, data, optim__schedule="linear")
 
 
 def test_the_probe_gives_even_a_single_row_the_noise_of_another(data, tmp_path):
