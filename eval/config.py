@@ -181,6 +181,9 @@ class SampleConfig:
     before are kept from earlier calls, which is approximate, since they have not seen what was written since. 0: read all, exactly."""
     prompts: str = ""
     """JSONL of prompts or texts with blanks; sequence i takes line i modulo their number. Perplexity counts given tokens too. Empty: BOS alone."""
+    given_teacher: str = ""
+    """The teacher, for a student that reads the noise of known tokens (noise.known): prompts then carry the posterior noise that makes it choose
+    them, up to a row's first blank, as the teacher reads from left to right. Empty: given tokens carry no noise."""
     length: int = 0
     """Positions of a row, BOS included; 0: the student's block, or a causal LM's context. A bd3lm student writes longer rows too."""
     eos: int = -1

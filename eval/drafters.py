@@ -32,6 +32,8 @@ def drafter_of(student: Any, nfe: int, sight: int, teacher_sha256: str = "") -> 
     kind = student.config.kind
     if kind not in KINDS:
         raise DatasetError(f"a student of kind {kind} drafts nothing; give one of kind {', '.join(KINDS)}, or a causal LM")
+    if student.noise.known:
+        raise DatasetError("the student reads the noise of known tokens (noise.known), which drafts do not keep; give one that does not")
     if kind == "mdlm":
         return MaskedDrafter(student, nfe, sight)
     if kind == "bd3lm":

@@ -4,8 +4,8 @@
     {"text": ["The old man ", 3, " the sea."]}        a text with three blank tokens inside; it ends where it says
     {"ids": [464, null, null, 5417], "length": 12}    tokens, null for a blank; `length` counts every position, BOS too
 
-BOS is put before each. Given tokens are never changed. A masked student reads them without noise, as in training; where the
-teacher is at hand, `given_noise` is the posterior noise that makes it choose them.
+BOS is put before each. Given tokens are never changed. They carry no noise, but for a student that reads the noise of known tokens where
+the teacher is at hand (given_teacher): `given_noise` is the posterior noise that makes it choose them.
 Shapes: P prompts, L positions, B rows, V vocabulary, N given tokens.
 """
 
@@ -89,7 +89,7 @@ def given_noise(teacher: Auxiliary, given_BL: Tensor, sequence_id_B: Tensor, see
     Those after BOS and before their row's first blank: of the others the teacher, which has not read what stands before them,
     knows nothing. The stream's rows are those of prior noise, so a seed names this noise too.
     """
-    before_BL = ((given_BL == BLANK).cumsum(1) == 0) & (torch.arange(given_BL.shape[1]) > 0)
+    before_BL = ((given_BL == BLANK).cumsum(1) == 0) & (torch.arange(given_BL.shape[1], device=given_BL.device) > 0)
     row_N, position_N = before_BL.nonzero(as_tuple=True)
     where_N = row_N * given_BL.shape[1] + position_N
     log_probs_NV = torch.log_softmax(teacher.logits_of(given_BL.clamp_min(0), where_N).float(), -1)

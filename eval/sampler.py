@@ -8,6 +8,9 @@ Every random number is the noise stream's (see stream), so a seed names a sample
 sequence and held through all steps, or anew in each step with fresh_noise. The same seed and sequence_id give the same
 tokens at any batch size, up to float rounding of the student's forward.
 
+A student that reads the noise of known tokens (`noise.known`) is given, for each token that it has written, the noise that it wrote it from;
+tokens that were given have the noise that the caller names (`prompts.given_noise`: the posterior, where a teacher is at hand), or none.
+
 Shapes: B rows, L positions, M unknown positions at the start, N still masked in the rows of a step, V vocabulary.
 """
 
@@ -24,13 +27,15 @@ from eval.schedules import confidence_rank, fixed_rank, known_after, reveal_time
 from eval.stream import NOISE_DRAW, OUTPUT_DRAW, step_seed, stream_uniform
 from eval.view import View
 from noise import philox
+from trainer.conditioning import KnownNoise
 from trainer.marginal import tempered
 
 
 class MaskedStudent(Protocol):
     """What the sampler needs of a student; trainer.students.mdlm has it.
 
-    `logits` takes length_B where rows are padded or cut; `row_cache` and `logits_from` are asked for where `recompute` is set.
+    `logits` takes length_B where rows are padded or cut, and known where noise.known is set; `row_cache` and `logits_from` are asked for where
+    `recompute` is set.
     """
 
     vocab_size: int
@@ -86,15 +91,19 @@ def sample_counted(
     g_MV: Tensor | None = None,
     length_B: Tensor | None = None,
     auxiliary: Auxiliary | None = None,
+    given: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fill the masked positions of int64 [B, L]; given tokens stay. Returns (tokens int64 [B, L], NFE int64 [B]).
 
     g_MV: noise at the masked positions in row-major order, drawn from the stream's prior where it is not given.
     length_B: valid positions, where rows are padded (with any token but the mask). auxiliary: the small model of adaptive.
+    given: (where int64 [K], g float32 [K, V]), noise of given tokens at flat positions b L + t, for a student that reads it.
     Raises ValueError for more function evaluations than unknown positions, and for settings that the student ignores.
     """
     _check(student, ids_BL, decoding, g_MV, auxiliary)
-    rows = _Rows(student, ids_BL, sequence_id_B, seed, decoding, g_MV, length_B)
+    if given is not None and not student.noise.known:
+        raise ValueError("noise of given tokens is handed over, but the student reads none there (noise.known is false); drop it")
+    rows = _Rows(student, ids_BL, sequence_id_B, seed, decoding, g_MV, length_B, given)
     if auxiliary is not None:
         _adaptive(rows, auxiliary)
     else:
@@ -113,6 +122,11 @@ def _check(student: MaskedStudent, ids_BL: Tensor, decoding: Decoding, g_MV: Ten
         )
     if decoding.fresh_noise and g_MV is not None:
         raise ValueError("fresh_noise is set, but the noise is given, once for all steps; drop one of them")
+    if student.noise.known and (decoding.fresh_noise or decoding.lookahead or decoding.recompute):
+        raise ValueError(
+            f"fresh_noise is {decoding.fresh_noise}, lookahead {decoding.lookahead} and recompute {decoding.recompute}, but the student reads the "
+            "noise of known tokens (noise.known), so that all are read, with noise that is held; drop them"
+        )
     if (auxiliary is None) == (decoding.sampler == "adaptive"):
         raise ValueError(
             f"sampler is {decoding.sampler} {'with' if auxiliary else 'without'} a small causal LM; only adaptive takes one, and needs it"
@@ -133,6 +147,7 @@ class _Rows:
         decoding: Decoding,
         g_MV: Tensor | None,
         length_B: Tensor | None,
+        given: tuple[Tensor, Tensor] | None,
     ):
         self.student, self.decoding, self.seed = student, decoding, seed
         self.view = View(student, decoding.lookahead, decoding.recompute, length_B)
@@ -146,13 +161,14 @@ class _Rows:
         self.g_MV = None
         if student.noise.kind != "none" and not decoding.fresh_noise:
             self.g_MV = self._scaled(sampling_noise(seed, sequence_id_B, unknown_BL, student.vocab_size) if g_MV is None else g_MV)
+        self.given = None if given is None else (given[0], self._scaled(given[1]))
 
     def forward(self, step: int, moving_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(at int64 [N] into M, logits [N, V], noise [N, V] or None) of the masked positions in view of the rows that move in this step."""
         at_N = (self.masked_M & moving_B[self.row_M] & (self.position_M < self.view.end(self.ids_BL)[self.row_M])).nonzero()[:, 0]
         g_NV = self._noise(at_N, step)
         self.nfe_B += moving_B
-        return at_N, self.view.logits(self.ids_BL, moving_B, g_NV), g_NV
+        return at_N, self.view.logits(self.ids_BL, moving_B, g_NV, self._known(moving_B)), g_NV
 
     def reveal(self, at_N: Tensor, token_N: Tensor) -> None:
         self.ids_BL[self.row_M[at_N], self.position_M[at_N]] = token_N
@@ -168,6 +184,20 @@ class _Rows:
         if self.g_MV is not None:
             return self.g_MV[at_N]
         return self._scaled(philox.gumbel(self.stream(NOISE_DRAW, at_N, step_seed(self.seed, step)), self.student.vocab_size))
+
+    def _known(self, moving_B: Tensor) -> KnownNoise | None:
+        """Noise of the known tokens of the rows that move, at flat places among these rows."""
+        if self.g_MV is None or not self.student.noise.known:
+            return None
+        length = self.ids_BL.shape[1]
+        at_K = (~self.masked_M).nonzero()[:, 0]
+        where_K, g_KV = self.row_M[at_K] * length + self.position_M[at_K], self.g_MV[at_K]
+        if self.given is not None:
+            where_K, g_KV = torch.cat((where_K, self.given[0])), torch.cat((g_KV, self.given[1]))
+        moves_K = moving_B[where_K // length]
+        number_B = moving_B.cumsum(0) - 1
+        where_K, g_KV = where_K[moves_K], g_KV[moves_K]
+        return KnownNoise(number_B[where_K // length] * length + where_K % length, g_KV)
 
     def _scaled(self, g_NV: Tensor) -> Tensor:
         return tempered(g_NV, self.student.noise.kind, self.decoding.noise_temperature)

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.conditioning import KnownNoise
+
 
 class View:
     """Rows that are written from left to right, call by call. length_B: valid positions, None where rows are not padded."""
@@ -43,17 +45,21 @@ class View:
             return length_B
         return torch.minimum(length_B, ((ids_BL == self._student.mask_id).cumsum(1) <= self._lookahead).sum(1))
 
-    def logits(self, ids_BL: Tensor, moving_B: Tensor, g_NV: Tensor | None) -> Tensor:
-        """Logits [N, V] at the masked positions in view of the rows that move; a row that does not move never moves again."""
+    def logits(self, ids_BL: Tensor, moving_B: Tensor, g_NV: Tensor | None, known: KnownNoise | None = None) -> Tensor:
+        """Logits [N, V] at the masked positions in view of the rows that move; a row that does not move never moves again.
+
+        known: of tokens of the rows that move, numbered among themselves; only where whole rows are read.
+        """
         ids_AL, end_A, padded = ids_BL[moving_B], self.end(ids_BL)[moving_B], self._length_B is not None
         if self._lookahead:
             width = int(end_A.max())
             padded = bool((end_A < width).any())
             ids_AL = ids_AL[:, :width].masked_fill(torch.arange(width, device=ids_BL.device) >= end_A[:, None], 0)
-        length = {"length_B": end_A} if padded else {}
+        more: dict[str, Any] = {"length_B": end_A} if padded else {}
+        more |= {} if known is None else {"known": known}
         if not self._recompute:
-            return self._student.logits(ids_AL, g_NV, **length)  # type: ignore[no-any-return]
-        return self._student.logits_from(self._start(ids_BL, moving_B), ids_AL, g_NV, cache=self._cache, **length)  # type: ignore[no-any-return]
+            return self._student.logits(ids_AL, g_NV, **more)  # type: ignore[no-any-return]
+        return self._student.logits_from(self._start(ids_BL, moving_B), ids_AL, g_NV, cache=self._cache, **more)  # type: ignore[no-any-return]
 
     def _start(self, ids_BL: Tensor, moving_B: Tensor) -> Tensor:
         """Where the reading of each moving row begins, int64 [A]; the cache is made, or let go of rows that are done."""

@@ -18,7 +18,7 @@ from eval.causal import CausalLM, folder_identity, model_identity
 from eval.config import SampleConfig
 from eval.decoding import Decoding, restricted_log_probs
 from eval.drafters import MedusaDrafter
-from eval.prompts import BLANK, Prompts, prefix_lengths
+from eval.prompts import BLANK, Prompts, given_noise, prefix_lengths
 from eval.referee import Held, SharedNoise, prior
 from eval.sampler import resolve_output, sample_counted
 from eval.speculative import speculate
@@ -80,13 +80,15 @@ class MaskedWriter:
                 f"sampler is {config.sampler} and auxiliary {config.auxiliary!r}; adaptive needs a small causal LM, the others take none"
             )
         self.auxiliary = CausalLM(config.auxiliary, self.device) if config.auxiliary else None
+        self.given_teacher = _given_teacher(config, self.student)
         self.vocab_size, self.longest, self.asked = self.student.vocab_size, self.student.block_length, nfe
         self.label = config.sampler + (f"-nfe{nfe}" if nfe else "")
         self.identity = folder_identity(Path(config.student))
         self.tokenizer = _trained_tokenizer(self.student.provenance)
 
     def settings(self) -> dict[str, Any]:
-        return {**self.decoding.request(), **({"auxiliary": self.auxiliary.identity} if self.auxiliary else {})}
+        others = {"auxiliary": self.auxiliary, "given_teacher": self.given_teacher}
+        return {**self.decoding.request(), **{name: other.identity for name, other in others.items() if other}}
 
     def prepare(self, prompts: Prompts) -> None:
         self.padded = prompts.padded
@@ -95,14 +97,17 @@ class MaskedWriter:
             raise ValueError(f"nfe is {self.decoding.nfe} but no row has more than {most} unknown positions; lower nfe")
 
     def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given_BL, sequence_id_B = given_BL.to(self.device), sequence_id_B.to(self.device)
+        given = given_noise(self.given_teacher, given_BL, sequence_id_B, self.seed) if self.given_teacher else None
         ids_BL, nfe_B = sample_counted(
             self.student,
-            given_BL.masked_fill(given_BL == BLANK, self.student.mask_id).to(self.device),
-            sequence_id_B.to(self.device),
+            given_BL.masked_fill(given_BL == BLANK, self.student.mask_id),
+            sequence_id_B,
             self.seed,
             self.decoding,
             length_B=length_B.to(self.device) if self.padded else None,
             auxiliary=self.auxiliary,
+            given=given,
         )
         return ids_BL, length_B, nfe_B
 
@@ -113,8 +118,11 @@ class BlockWriter:
     def __init__(self, config: SampleConfig):
         self.device, self.seed, self.padded = device_of(config.device), config.seed, False
         self.student = _load(config.student, self.device)
-        if config.auxiliary:
-            raise ValueError(f"auxiliary is {config.auxiliary!r}, but a bd3lm student is sampled within blocks, without a small model; drop it")
+        if config.auxiliary or config.given_teacher:
+            raise ValueError(
+                f"auxiliary is {config.auxiliary!r} and given_teacher {config.given_teacher!r}, but a bd3lm student is sampled within blocks, "
+                "without a small model, and reads no noise at known tokens; drop them"
+            )
         nfe = config.nfe or (self.student.block_size if config.sampler in ("even", "ancestral") else 0)
         self.decoding = _decoding(config, self.student, nfe)
         self.eos, self.keep = config.eos if config.eos >= 0 else None, config.keep_blocks or None
@@ -215,11 +223,26 @@ def _refuse_masked_settings(config: SampleConfig, why: str) -> None:
     """Raises ValueError for what only a masked student reads."""
     ignored = {
         "nfe": 0, "sampler": "even", "order": "random", "noise_temperature": 1.0, "fresh_noise": False, "auxiliary": "", "student_weight": 0.5,
-        "lookahead": 0, "recompute": 0,
+        "lookahead": 0, "recompute": 0, "given_teacher": "",
     }  # fmt: skip
     for name, default in ignored.items():
         if getattr(config, name) != default:
             raise ValueError(f"{name} is {getattr(config, name)}, but {config.student} {why}; drop it")
+
+
+def _given_teacher(config: SampleConfig, student: Any) -> CausalLM | None:
+    """Raises ValueError where its noise would not be read."""
+    if not config.given_teacher:
+        return None
+    about = f"given_teacher is {config.given_teacher!r}, but"
+    if not config.prompts:
+        raise ValueError(f"{about} nothing is given: prompts is empty; give prompts, or drop it")
+    if not (student.noise.known and student.noise.informed):
+        raise ValueError(f"{about} {config.student} reads no posterior noise at known tokens (noise.known, and a noise.kind of the text); drop it")
+    teacher = CausalLM(config.given_teacher, device_of(config.device))
+    if teacher.vocab_size != student.vocab_size:
+        raise ValueError(f"{about} it has a vocabulary of {teacher.vocab_size}, the student of {student.vocab_size}; give the teacher of its dataset")
+    return teacher
 
 
 def _decoding(config: SampleConfig, student: Any, nfe: int) -> Decoding:

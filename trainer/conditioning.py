@@ -1,10 +1,12 @@
-"""Noise at the masked positions of a student: at its input, between its layers, at its output.
+"""Noise at the masked positions of a student: at its input, between its layers, at its output; and at known ones, by option.
 
     input    softmax(g [+ log unigram]) through a V x H projection (its own, the tied embedding, or of low rank) replaces the
              mask embedding, or is added to it (the paper)
     drafts   after a named layer, softmax(logits + scale g) is re-embedded and added, so that a position sees what its
              neighbours are about to choose; each draft has its own small cross-entropy
     readout  scale g is added to the output logits: argmax then has the teacher's own form, argmax(log p + g)
+    known    a known token's noise, through the input's projection and a learned scale a channel, is added to its embedding. Token and noise
+             together say what the teacher may have thought of the tokens before: with them, argmax(log p + g) was this one
 
 The scale of drafts and readout is softplus of a linear function of the hidden state: a position whose context is known
 trusts its noise, one whose context is still open does not. Without noise a draft is softmax(logits) alone.
@@ -14,6 +16,8 @@ Shapes: N masked positions, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +29,16 @@ from trainer.config import NoiseConfig
 from trainer.marginal import MAPPED, Mapped, seen
 
 
+@dataclass(frozen=True)
+class KnownNoise:
+    """Of known tokens: the noise under which each was chosen. Those that are not named have none."""
+
+    where_K: Tensor
+    """int64: flat places b L + t, each once"""
+    g_KV: Tensor | Noise
+    """Gumbel noise, made or unmade"""
+
+
 def check(noise: NoiseConfig, layers: int) -> None:
     """Raises ValueError for options that would be ignored, or name a layer that is not there."""
     if noise.kind == "none" and (noise.input != "none" or noise.readout or noise.stream):
@@ -34,10 +48,10 @@ def check(noise: NoiseConfig, layers: int) -> None:
         )
     if noise.kind != "none" and noise.input == "none" and not noise.readout and not noise.drafts:
         raise ValueError(f"student.noise.kind is {noise.kind}, but no input, readout or draft uses it; set student.noise.input to replace")
-    if noise.input == "none" and (noise.projection != "own" or noise.prior != "none"):
+    if noise.input == "none" and (noise.projection != "own" or noise.prior != "none" or noise.known):
         raise ValueError(
-            f"student.noise.input is none, so student.noise.projection ({noise.projection}) and prior ({noise.prior}) would be ignored; "
-            "set student.noise.input, or drop them"
+            f"student.noise.input is none, so student.noise.projection ({noise.projection}), prior ({noise.prior}) and known ({noise.known}) "
+            "would be ignored; set student.noise.input, or drop them"
         )
     if (noise.rank > 0) != (noise.projection == "low_rank") or noise.rank < 0:
         raise ValueError(
@@ -60,11 +74,15 @@ def given(noise: NoiseConfig, g_NV: Tensor | Noise | None) -> Tensor | Noise | N
 
     Unmade noise is made here where a readout or draft reads it and it is not streamed.
     """
+    g_NV = None if g_NV is None else mapped(noise, g_NV)
+    return g_NV.dense() if isinstance(g_NV, Noise) and (noise.drafts or noise.readout) and not noise.stream else g_NV
+
+
+def mapped(noise: NoiseConfig, g_NV: Tensor | Noise) -> Tensor | Noise:
+    """`given`, of noise that the input alone reads: unmade noise stays so."""
     if not isinstance(g_NV, Noise):
-        return None if g_NV is None else seen(g_NV, noise.kind)
-    if noise.kind in MAPPED:
-        g_NV = Mapped.of(g_NV, noise.kind)
-    return g_NV.dense() if (noise.drafts or noise.readout) and not noise.stream else g_NV
+        return seen(g_NV, noise.kind)
+    return Mapped.of(g_NV, noise.kind) if noise.kind in MAPPED else g_NV
 
 
 class NoiseInput(nn.Module):
@@ -85,18 +103,28 @@ class NoiseInput(nn.Module):
             nn.init.normal_(self.widen.weight, std=config.rank**-0.5)  # their product starts as large as an own projection
         if config.prior == "unigram":
             self.register_buffer("log_unigram_V", torch.zeros(vocab_size))
+        self.known_scale = nn.Parameter(torch.zeros(hidden)) if config.known else None
 
     def forward(self, mask_H: Tensor, g_NV: Tensor | Noise, embedding_VH: Tensor) -> Tensor:
         """What stands at the masked positions, [N, H]."""
+        seen_NH = self.project(g_NV, embedding_VH)
+        return seen_NH if self.config.input == "replace" else seen_NH + mask_H
+
+    def beside(self, known: KnownNoise, x_BMH: Tensor, embedding_VH: Tensor) -> Tensor:
+        """Embeddings with what known tokens' noise adds to them, [B, M, H]."""
+        assert self.known_scale is not None
+        added_KH = self.known_scale * self.project(mapped(self.config, known.g_KV), embedding_VH)
+        return x_BMH.flatten(0, 1).index_add(0, known.where_K, added_KH.to(x_BMH.dtype)).view_as(x_BMH)
+
+    def project(self, g_NV: Tensor | Noise, embedding_VH: Tensor) -> Tensor:
+        """[N, H]."""
         weight_VH = self.projection.weight.T if self.projection is not None else embedding_VH
         log_prior_V = self.log_unigram_V if self.config.prior == "unigram" else None
         if isinstance(g_NV, Noise):
             seen_NH = streamed.project(g_NV, weight_VH, log_prior_V)
         else:
             seen_NH = (g_NV if log_prior_V is None else g_NV + log_prior_V).softmax(-1) @ weight_VH
-        if self.widen is not None:
-            seen_NH = self.widen(seen_NH)
-        return seen_NH if self.config.input == "replace" else seen_NH + mask_H
+        return seen_NH if self.widen is None else self.widen(seen_NH)
 
 
 class Readout(nn.Module):

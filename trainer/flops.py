@@ -2,7 +2,7 @@
 
     layers    2 (4 H^2 + 3 H M) + 4 S H      each, a slot; the MLP of a dit is 2 H M
     head      2 H V                          a predicted position, as are all below
-    input     2 V H, or 2 r (V + H) of low rank; own or tied weights cost the same
+    input     2 V H, or 2 r (V + H) of low rank; own or tied weights cost the same; a known position too, where those carry noise
     draft     2 H V + 2 V H + 2 H^2          each: its logits, and softmax(logits + scale g) through the embedding
     scale     2 H                            of the readout, and of each draft that has noise
     backward  twice the forward, but for the gradient of the noise, which nobody asks for
@@ -21,14 +21,15 @@ def forward(config: StudentConfig, vocab_size: int, slots: int, predicted: float
     """Of one row, of which `predicted` positions get logits."""
     hidden = config.hidden
     layer = 2 * (4 * hidden**2 + mlp_weights(config)) + 4 * slots * hidden
-    return config.layers * slots * layer + predicted * (2 * hidden * vocab_size + noise_flops(config.noise, hidden, vocab_size))
+    known = (slots - predicted) * input_flops(config.noise, hidden, vocab_size) if config.noise.known else 0
+    return config.layers * slots * layer + known + predicted * (2 * hidden * vocab_size + noise_flops(config.noise, hidden, vocab_size))
 
 
 def training(config: StudentConfig, vocab_size: int, slots: int, predicted: float) -> float:
     """Of one row's forward and backward."""
     noise = config.noise
     without = 2 * vocab_size * (noise.rank or config.hidden) if noise.input != "none" else 0
-    return 3 * forward(config, vocab_size, slots, predicted) - predicted * without
+    return 3 * forward(config, vocab_size, slots, predicted) - (slots if noise.known else predicted) * without
 
 
 def mlp_weights(config: StudentConfig) -> int:
@@ -42,6 +43,11 @@ def noise_flops(noise: NoiseConfig, hidden: int, vocab_size: int) -> int:
     """What noise and drafts add at one predicted position."""
     scale = 2 * hidden if noise.kind != "none" else 0
     total = len(noise.drafts) * (4 * hidden * vocab_size + 2 * hidden**2 + scale) + noise.readout * scale
+    return total + input_flops(noise, hidden, vocab_size)
+
+
+def input_flops(noise: NoiseConfig, hidden: int, vocab_size: int) -> int:
+    """Of the noise at one position, on its way into the student."""
     if noise.input == "none":
-        return total
-    return total + (2 * noise.rank * (vocab_size + hidden) if noise.rank else 2 * vocab_size * hidden)
+        return 0
+    return 2 * noise.rank * (vocab_size + hidden) if noise.rank else 2 * vocab_size * hidden

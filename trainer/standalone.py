@@ -1,7 +1,7 @@
 """The code of a model card: a student's network in 20 lines of torch, for people who do not have this project.
 
 Written for the student at hand: what it does not have is not there. Exact, not fast; `g` is the noise as the student sees it.
-Medusa's heads, and block students that predict one position ahead, need more than that: their lines load the tensors.
+Medusa's heads, block students that predict one position ahead, and known tokens with noise need more than that: their lines load the tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _NOISE = {"gumbel": "Gumbel(0, 1)", "independent": "Gumbel(0, 1)", "gaussian": "
 def lines_of(student: Base) -> str:
     """Python source that defines `logits(ids, g)`, or only `tensors`; to be run in the exported folder."""
     config = student.config
-    if config.kind == "medusa" or (config.kind == "bd3lm" and config.shift):
+    if config.kind == "medusa" or config.noise.known or (config.kind == "bd3lm" and config.shift):
         return 'import safetensors.torch\ntensors = safetensors.torch.load_file("model.safetensors")'
     return "\n".join([*_start(student), *_layer(student), *_logits(student)])
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 from scipy import stats
+
+from trainer.config import NoiseConfig
 
 ROWS = 20_000
 State = tuple[int, ...]
@@ -27,7 +28,7 @@ class TableStudent:
 
     def __init__(self, vocab_size: int = 3, unknown: int = 3, noise: str = "none", readout: bool = False, seed: int = 0):
         self.vocab_size, self.mask_id, self.unknown = vocab_size, vocab_size, unknown
-        self.noise = SimpleNamespace(kind=noise, readout=readout)
+        self.noise = NoiseConfig(kind=noise, readout=readout)
         self.words = torch.tensor(list(itertools.product(range(vocab_size), repeat=unknown)))
         weight = torch.rand(len(self.words), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
         self.joint = weight / weight.sum()

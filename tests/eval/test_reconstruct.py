@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from noise.sketch import Codec
 from noise.storage import DatasetError
 from tests.eval.world import LENGTH, VOCAB, write_heldout
 from tests.noise.teachers import BigramTeacher, identity_of, rows_of
+from trainer.config import NoiseConfig
 from trainer.data import NoiseDataset
 
 
@@ -32,7 +32,7 @@ class Oracle:
 
     def __init__(self, noise: str = "gumbel"):
         self.vocab_size, self.mask_id = VOCAB, VOCAB
-        self.noise = SimpleNamespace(kind=noise, readout=True)
+        self.noise = NoiseConfig(kind=noise, readout=True)
         self.table = next_log_probs(BigramTeacher(VOCAB))
 
     def logits(self, ids_BL: torch.Tensor, g_NV: torch.Tensor | None) -> torch.Tensor:

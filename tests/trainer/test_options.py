@@ -166,7 +166,7 @@ def test_a_projection_of_low_rank_has_rank_times_v_plus_h_weights_and_starts_as_
         (NoiseConfig(kind="gumbel", input="replace", projection="low_rank"), "low_rank needs a rank"),
         (NoiseConfig(kind="gumbel", input="replace", rank=4), "rank is 4 and student.noise.projection own"),
         (NoiseConfig(kind="gumbel", input="replace", projection="low_rank", rank=H), f"rank is {H}, but the student is {H} wide"),
-        (NoiseConfig(kind="gumbel", readout=True, projection="low_rank", rank=2), r"projection \(low_rank\) .* would be ignored"),
+        (NoiseConfig(kind="gumbel", readout=True, projection="low_rank", rank=2), r"projection \(low_rank\), .* would be ignored"),
         (NoiseConfig(kind="gaussian"), "kind is gaussian, but no input, readout or draft uses it"),
         (NoiseConfig(kind="gumbel", input="replace", draft_weight=0.5), "draft_weight is 0.5, but student.noise.drafts names no layer"),
         (NoiseConfig(drafts=[1], draft_weight=-1.0), "draft_weight is -1.0"),

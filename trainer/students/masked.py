@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from noise.decode import Noise
 from trainer import objectives
 from trainer.attention import Cache, Mask
-from trainer.conditioning import Draft, NoiseInput, Readout, check, given
+from trainer.conditioning import Draft, KnownNoise, NoiseInput, Readout, check, given
 from trainer.config import StudentConfig
 from trainer.data import Batch
 from trainer.dit import transformer
@@ -51,15 +51,19 @@ class Masked(Base):
         rotary: tuple[Tensor, Tensor],
         mask: Mask | None,
         cache: Cache | None = None,
+        known: KnownNoise | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Output logits at the flat slots where_N and each draft's there, [N, V], given their Gumbel noise, made or unmade.
+        """Output logits at the flat slots where_N and each draft's there, [N, V], given their Gumbel noise, made or unmade, and known tokens'.
 
         With `shift` a slot's token is predicted at the slot before it. With a cache, keys and values of what it holds are seen too.
         """
         g_NV = given(self.noise, g_NV)
         model = self.model
         embedding_VH = model.embed_tokens.weight[: self.vocab_size]
-        x_BMH = known_BMH = model.embed_tokens(ids_BM)
+        x_BMH = model.embed_tokens(ids_BM)
+        if self.input is not None and known is not None:
+            x_BMH = self.input.beside(known, x_BMH, embedding_VH)
+        known_BMH = x_BMH
         if self.input is not None:
             seen_NH = self.input(model.embed_tokens.weight[self.mask_id], g_NV, embedding_VH)
             x_BMH = x_BMH.flatten(0, 1).index_copy(0, where_N, seen_NH.to(x_BMH.dtype)).view_as(x_BMH)

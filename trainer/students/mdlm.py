@@ -1,4 +1,4 @@
-"""Masked diffusion (MDLM, arXiv 2406.07524), with noise at the masked positions.
+"""Masked diffusion (MDLM, arXiv 2406.07524), with noise at the masked positions, and by option (`noise.known`) at the known ones.
 
 Log-linear schedule: at time t every token is masked with probability t, and the continuous-time bound is
 
@@ -17,6 +17,7 @@ from noise.decode import Noise
 from trainer import clip
 from trainer.attention import RowCache
 from trainer.chance import SMALLEST_TIME, Chance
+from trainer.conditioning import KnownNoise
 from trainer.config import StudentConfig
 from trainer.data import Batch
 from trainer.students.masked import Masked
@@ -27,9 +28,9 @@ class MDLM(Masked):
         clip.check(config.clip)
         super().__init__(config, vocab_size, block_length)
 
-    def logits(self, ids_BL: Tensor, g_NV: Tensor | None = None, length_B: Tensor | None = None) -> Tensor:
-        """float32 [N, V] at the positions where ids int64 [B, L] hold the mask id, given their noise float32 [N, V]."""
-        return self.predict(ids_BL, g_NV, length_B)[0]
+    def logits(self, ids_BL: Tensor, g_NV: Tensor | None = None, length_B: Tensor | None = None, known: KnownNoise | None = None) -> Tensor:
+        """float32 [N, V] at the positions where ids int64 [B, L] hold the mask id, given their noise float32 [N, V], and that of known tokens."""
+        return self.predict(ids_BL, g_NV, length_B, known)[0]
 
     def row_cache(self) -> RowCache:
         """For rows of at most the student's block length."""
@@ -51,11 +52,13 @@ class MDLM(Masked):
         cache.place(position_BQ, length)
         return self.through(ids_BQ, where_N, g_NV, (cos_LD[at_BQ][:, None], sin_LD[at_BQ][:, None]), self._within(ids_BL, length_B), cache)[0]
 
-    def predict(self, ids_BL: Tensor, g_NV: Tensor | Noise | None, length_B: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def predict(
+        self, ids_BL: Tensor, g_NV: Tensor | Noise | None, length_B: Tensor | None = None, known: KnownNoise | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Output logits [N, V] and each draft's, [N, V], given Gumbel noise, made or unmade."""
         length = ids_BL.shape[1]
         where_N = (ids_BL.flatten() == self.mask_id).nonzero()[:, 0]
-        return self.through(ids_BL, where_N, g_NV, self.model.rotary(length), self._within(ids_BL, length_B))
+        return self.through(ids_BL, where_N, g_NV, self.model.rotary(length), self._within(ids_BL, length_B), known=known)
 
     def _within(self, ids_BL: Tensor, length_B: Tensor | None) -> Tensor | None:
         """Who may be seen, bool [B, 1, 1, L]; None where all may."""
@@ -75,7 +78,13 @@ class MDLM(Masked):
             batch.input_ids_BL.masked_fill(masked_BL, self.mask_id),
             self._noise(batch, chance, where_N, noise_of),
             batch.length_B if batch.padded else None,
+            self._known(batch, chance, batch.valid_BL & ~masked_BL, noise_of),
         )
         weight_N = (1.0 / t_B)[where_N // batch.input_ids_BL.shape[1]]
         loss, terms = self.weighted(batch, where_N, weight_N, logits_NV, drafts)
         return loss, {name: term_N.sum() for name, term_N in terms.items()}
+
+    def _known(self, batch: Batch, chance: Chance, known_BL: Tensor, noise_of: Batch | None) -> KnownNoise | None:
+        where_K = known_BL.flatten().nonzero()[:, 0]
+        g_KV = self._noise(batch, chance, where_K, noise_of) if self.noise.known else None
+        return None if g_KV is None else KnownNoise(where_K, g_KV)

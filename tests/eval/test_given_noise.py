@@ -1,0 +1,211 @@
+"""A student that reads the noise of known tokens is told, in sampling, what it was told in training: what wrote each token, or its posterior."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eval.__main__ import main
+from eval.causal import CausalLM
+from eval.config import SampleConfig
+from eval.decoding import Decoding
+from eval.drafters import drafter_of
+from eval.prompts import BLANK, given_noise
+from eval.reconstruct import reconstruct
+from eval.sample_set import SampleSet, sample_set
+from eval.sampler import blank_rows, sample_counted, sampling_noise
+from eval.study import load_masked
+from noise.storage import DatasetError
+from tests.eval.world import LENGTH, VOCAB, write_causal, write_student, write_world
+from trainer.conditioning import KnownNoise
+from trainer.config import NoiseConfig
+from trainer.data import NoiseDataset
+from trainer.marginal import tempered
+from trainer.students.mdlm import MDLM
+
+NOISES = {
+    "known": NoiseConfig("gumbel", "replace", readout=True, known=True),
+    "control": NoiseConfig("independent", "replace", known=True),
+    "input": NoiseConfig("gumbel", "replace", known=True),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Students known/ and control/ (independent noise), and prompts whose tokens stand before, between and behind the blanks."""
+    folder = write_world(tmp_path_factory.mktemp("world"))
+    for name, noise in NOISES.items():
+        write_student(folder / name, seed=6, noise=noise)
+        weights = load_file(folder / name / "model.safetensors")
+        save_file(weights | {"input.known_scale": 20 * weights["input.known_scale"]}, folder / name / "model.safetensors")
+    write_causal(folder / "wide", 4, VOCAB + 3)
+    lines: list[Any] = [{"text": "w5 w6"}, {"text": ["w7 ", 2, " w8"]}, {"ids": [9, None, None, 10], "length": LENGTH}, {"ids": [None] * 7}]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+class Heard(MDLM):
+    """Writes down what it is told of known tokens."""
+
+    def logits(self, ids_BL, g_NV=None, length_B=None, known=None):  # type: ignore[no-untyped-def, override]
+        self.heard.append((ids_BL.clone(), known))
+        return super().logits(ids_BL, g_NV, length_B, known)
+
+
+def heard(folder: Path) -> Any:
+    student = load_masked(str(folder), "cpu")
+    student.__class__ = Heard
+    student.heard = []
+    return student
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"nfe": 3},
+    {"nfe": 3, "order": "confidence", "noise_temperature": 0.8},
+    {"sampler": "first_hitting"},
+    {"nfe": 9, "sampler": "ancestral"},
+    {"sampler": "adaptive"},
+]
+
+
+def started(student: Any) -> torch.Tensor:
+    """Rows with given tokens between, behind, and none."""
+    ids_BL = blank_rows(student, 5, LENGTH, 0)
+    ids_BL[1, 2], ids_BL[3, 5:] = 4, torch.tensor([7, 8, 9])
+    return ids_BL
+
+
+def small_model(decoding: Decoding) -> Any:
+    return CausalTable() if decoding.sampler == "adaptive" else None
+
+
+class CausalTable:
+    """A small causal LM that looks at one token."""
+
+    vocab_size = VOCAB
+
+    def logits_of(self, ids_BL: torch.Tensor, where_N: torch.Tensor) -> torch.Tensor:
+        table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1))
+        return table[ids_BL.flatten()[where_N - 1]]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("row", [0, 1, 3])
+def test_each_written_token_keeps_the_noise_it_was_written_from_and_given_ones_have_none(world: Path, settings: dict[str, Any], row: int) -> None:
+    student = heard(world / "known")
+    start_1L, decoding = started(student)[row : row + 1], Decoding(output="argmax", **settings)
+    sample_counted(student, start_1L, torch.tensor([40]), 9, decoding, auxiliary=small_model(decoding))
+    everywhere_1L = torch.ones(1, LENGTH, dtype=torch.bool)
+    g_LV = tempered(sampling_noise(9, torch.tensor([40]), everywhere_1L, VOCAB), "gumbel", decoding.noise_temperature)
+    assert len(student.heard) > 1
+    for shown_1L, known in student.heard:
+        written_1L = (shown_1L != student.mask_id) & (start_1L == student.mask_id)
+        assert torch.equal(known.where_K, written_1L[0].nonzero()[:, 0]) and torch.equal(known.g_KV, g_LV[known.where_K])
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", ["known", "control", "input"])
+def test_a_row_is_written_in_a_batch_as_it_is_alone_with_and_without_noise_of_given_tokens(world: Path, name: str, settings: dict[str, Any]) -> None:
+    student = load_masked(str(world / name), "cpu")
+    ids_BL, sequence_id_B = started(student), torch.arange(5) + 40
+    decoding = Decoding(output="argmax" if student.noise.readout else "sample", **settings)
+    given = torch.tensor([LENGTH + 2, 3 * LENGTH + 5, 3 * LENGTH + 7]), 10 * torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
+    found = []
+    for noise in (None, given):
+        together = sample_counted(student, ids_BL, sequence_id_B, 9, decoding, auxiliary=small_model(decoding), given=noise)
+        for row in range(5):
+            here_K = given[0] // LENGTH == row
+            alone = sample_counted(
+                student, ids_BL[row : row + 1], sequence_id_B[row : row + 1], 9, decoding, auxiliary=small_model(decoding),
+                given=None if noise is None else (noise[0][here_K] - row * LENGTH, noise[1][here_K]),
+            )  # fmt: skip
+            assert torch.equal(together[0][row], alone[0][0]) and torch.equal(together[1][row], alone[1][0])
+        found.append(together[0])
+    assert torch.equal(found[0][[0, 2, 4]], found[1][[0, 2, 4]]) and not torch.equal(found[0], found[1])
+
+
+def config(world: Path, output: Path, **settings: Any) -> SampleConfig:
+    settings = {"student": "known", "sequences": 11, "device": "cpu", "nfe": 3, "prompts": str(world / "prompts.jsonl"), **settings}
+    return SampleConfig(**{**settings, "student": str(world / settings["student"]), "output": str(output)})
+
+
+def ids_of(made: SampleSet) -> np.ndarray:
+    return made.columns["input_ids"]
+
+
+def test_with_the_teacher_at_hand_prompts_carry_the_noise_that_makes_it_choose_them(world: Path, tmp_path: Path) -> None:
+    teacher = str(world / "teacher")
+    made = sample_set(config(world, tmp_path, given_teacher=teacher))
+    again = sample_set(config(world, tmp_path / "again", given_teacher=teacher, batch=3))
+    without = sample_set(config(world, tmp_path))
+    assert made.path != without.path and np.array_equal(ids_of(made), ids_of(again)) and made.path.name == again.path.name
+    changed = (ids_of(made) != ids_of(without)).any(1)
+    assert changed[[0, 1, 2, 4, 5, 6, 8, 9, 10]].any() and not changed[[3, 7]].any()  # BOS alone: nothing is given
+    student = heard(world / "known")
+    given_BL = torch.tensor([[0, 5, 6] + [BLANK] * 5])
+    told = given_noise(CausalLM(teacher), given_BL, torch.tensor([0]), seed=1)
+    start_1L = given_BL.masked_fill(given_BL == BLANK, student.mask_id)
+    ids_1L, _ = sample_counted(student, start_1L, torch.tensor([0]), 1, Decoding(3, output="argmax"), given=told)
+    assert ids_1L[0].tolist() == ids_of(made)[0].tolist()
+    for _, known in student.heard:
+        assert isinstance(known, KnownNoise) and known.where_K.tolist()[-2:] == [1, 2] and torch.equal(known.g_KV[-2:], told[1])
+
+
+def test_reconstruction_tells_each_step_the_posterior_noise_of_what_came_back(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, dataset = heard(world / "known"), NoiseDataset(world / "heldout")
+    reconstruct(student, dataset, 8, 2, "random", 1)
+    batch = dataset.batch(np.arange(8))
+    told = [known for _, known in student.heard if len(known.where_K)]
+    assert told and all(torch.allclose(known.g_KV, batch.noise_at(known.where_K)) for known in told)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"student": "gumbel", "given_teacher": "teacher"}, "gumbel reads no posterior noise at known tokens"),
+        ({"student": "control", "given_teacher": "teacher"}, "control reads no posterior noise at known tokens"),
+        ({"student": "known", "given_teacher": "wide"}, "it has a vocabulary of 27, the student of 24"),
+        ({"student": "known", "given_teacher": "teacher", "prompts": ""}, "nothing is given: prompts is empty"),
+        ({"student": "teacher", "given_teacher": "teacher", "nfe": 0}, "given_teacher is .*, but .* is a causal LM"),
+        ({"student": "known", "fresh_noise": True}, "fresh_noise is True, .* but the student reads the noise of known tokens"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(world: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    teacher = {"given_teacher": str(world / settings["given_teacher"])} if "given_teacher" in settings else {}
+    with pytest.raises(ValueError, match=message):
+        sample_set(config(world, tmp_path, **{**settings, **teacher}))
+
+
+def test_noise_of_given_tokens_is_refused_by_a_student_that_reads_none_and_drafting_by_one_that_does(world: Path) -> None:
+    plain, student = load_masked(str(world / "gumbel"), "cpu"), load_masked(str(world / "known"), "cpu")
+    given = torch.tensor([1]), torch.zeros(1, VOCAB)
+    with pytest.raises(ValueError, match="noise of given tokens is handed over"):
+        sample_counted(plain, started(plain), torch.arange(5), 1, Decoding(2), given=given)
+    for settings in ({"lookahead": 2}, {"recompute": 2}):
+        with pytest.raises(ValueError, match="reads the noise of known tokens"):
+            sample_counted(student, started(student), torch.arange(5), 1, Decoding(sampler="adaptive", **settings), auxiliary=CausalTable())  # type: ignore[arg-type]
+    with pytest.raises(DatasetError, match="which drafts do not keep"):
+        drafter_of(student, 1, 0)
+
+
+def test_the_command_takes_a_teacher_for_prompts(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--student",
+        str(world / "known"),
+        "--output",
+        str(tmp_path),
+        "--prompts",
+        str(world / "prompts.jsonl"),
+        "--sequences",
+        "4",
+        "--nfe",
+        "2",
+    ]
+    assert main(["sample", *options, "--device", "cpu", "--given_teacher", str(world / "teacher")]) == 0
+    assert "w5 w6" in capsys.readouterr().out
