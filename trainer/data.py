@@ -13,6 +13,7 @@ straddle epochs. Each rank takes its contiguous share of every global batch. Bat
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -114,8 +115,9 @@ def batches(
             gather.warm()  # not before: it would hold the interpreter while the first batch is waited for
             yield from some
     finally:
-        thread.shutdown(cancel_futures=True)
-        dataset.release()
+        if not sys.is_finalizing():  # then the thread has ended, and the modules that these need are gone
+            thread.shutdown(cancel_futures=True)
+            dataset.release()
 
 
 def _shares(order: Any, sample: int, global_batch: int, first: int, share: int) -> Iterator[tuple[Array, Array]]:

@@ -1,6 +1,6 @@
 """Rows at addresses of mapped files -> whole arrays: a batch costs a few calls, whatever its rows and wherever they lie.
 
-Contract: machine code (trainer/native.py) and the plain copies below, which serve until numba is loaded (0.5 to 1 s, in a
+Contract: machine code (trainer/native.py) and the plain copies (trainer/plain.py), which serve until numba is loaded (0.5 to 1 s, in a
 thread of its own) and where there is none, give the same arrays.
 Whoever found the addresses checked that they, and the counts beside them, lie inside what is mapped; `Located` keeps it mapped.
 Shapes: B rows, L block length, X values a row, K values of all rows, C columns.
@@ -8,7 +8,6 @@ Shapes: B rows, L block length, X values a row, K values of all rows, C columns.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import threading
 from collections.abc import Sequence
@@ -21,10 +20,13 @@ import torch
 from torch import Tensor
 
 from noise.shard import Rows
+from trainer import plain
 
 Array = npt.NDArray[Any]
-IDS, LOG_PROB, KEPT, OFFSET, ENTRIES, CODES, LENGTH, SEQUENCE_ID, COLUMNS = range(9)
+IDS, LOG_PROB, KEPT, LENGTH, SEQUENCE_ID, OFFSET, ENTRIES, CODES, COLUMNS = range(9)
 """Columns of addresses; CODES is 0 where entries are packed."""
+_FIXED = slice(OFFSET)
+_WIDE = dict.fromkeys(("ids", "kept", "index", "code"), torch.int64)
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,13 @@ class Widths:
         """Bytes between rows, int64 [C]; the entries' columns begin where their record batch does."""
         length = self.block_length
         found = np.zeros(COLUMNS, np.int64)
-        found[[IDS, LOG_PROB, KEPT, OFFSET, LENGTH, SEQUENCE_ID]] = (
-            length * np.dtype(self.input_ids).itemsize, length * 4, length * np.dtype(self.kept).itemsize, 8, 4, 8
-        )  # fmt: skip
+        found[:ENTRIES] = (length * np.dtype(self.input_ids).itemsize, length * 4, length * np.dtype(self.kept).itemsize, 4, 8, 8)
         return found
 
 
 def addresses(rows: Rows) -> Array:
     """Where a record batch's columns begin in memory, int64 [C]."""
-    columns = (rows.input_ids, rows.log_prob, rows.kept, rows.offset, rows.entries[0], rows.entries[-1], rows.length, rows.sequence_id)
+    columns = (rows.input_ids, rows.log_prob, rows.kept, rows.length, rows.sequence_id, rows.offset, rows.entries[0], rows.entries[-1])
     assert all(column.flags.c_contiguous for column in columns)
     found = np.array([column.__array_interface__["data"][0] for column in columns], np.int64)
     found[CODES] *= len(rows.entries) == 2
@@ -101,43 +101,46 @@ class Columns:
 
 def columns(located: Located, narrow: bool = False, pin: bool = False) -> Columns:
     """Copy the rows. `narrow`: ids, counts and entries as they are stored; `pin`: into pinned memory, for copies to a GPU."""
-    fast = native() if _loaded.is_set() else None
-    fixed, lists, packed = (fast.fixed, fast.lists, fast.packed) if fast else (_fixed, _lists, _packed)
+    copies: Any = native() if _loaded.is_set() else plain
     address_CB, count = np.ascontiguousarray(located.address_BC.T), len(located.address_BC)
     kinds = np.unique(located.widths_B).tolist() if len(located.widths) > 1 else [0]
     present = [located.widths[kind] for kind in kinds]
     length = present[0].block_length
-    type_of = _narrow_types(present) if narrow else dict.fromkeys(("ids", "kept", "index", "code"), torch.int64)
+    type_of = _narrow_types(present) if narrow else _WIDE
 
     def empty(type_: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=type_, pin_memory=pin)
 
-    offset_B2 = np.empty((count, 2), np.int64)
-    fixed(address_CB[OFFSET], np.empty(0, np.int64), offset_B2)
-    first_B, count_B = np.ascontiguousarray(offset_B2[:, 0]), offset_B2[:, 1] - offset_B2[:, 0]
-    start_B, total = np.cumsum(count_B) - count_B, int(count_B.sum())
+    spans = np.empty((3, count), np.int64)
+    total = copies.spans(address_CB[OFFSET], *spans)
     found = Columns(
         empty(type_of["ids"], count, length), empty(torch.int64, count), empty(torch.int64, count), empty(torch.float32, count * length),
         empty(type_of["kept"], count * length), empty(type_of["index"], total), empty(type_of["code"], total),
     )  # fmt: skip
-    fixed(address_CB[LENGTH], np.empty(0, np.int32), found.length_B.numpy()[:, None])
-    fixed(address_CB[SEQUENCE_ID], np.empty(0, np.int64), found.sequence_id_B.numpy()[:, None])
-    fixed(address_CB[LOG_PROB], np.empty(0, np.float32), found.log_prob_N.numpy().reshape(count, length))
-    out = (found.input_ids_BL.numpy(), found.kept_N.numpy().reshape(count, length), found.index_K.numpy(), found.code_K.numpy())
+    index_K, code_K = found.index_K.numpy(), found.code_K.numpy()
+    fixed = (
+        found.input_ids_BL.numpy(), found.log_prob_N.numpy().reshape(count, length), found.kept_N.numpy().reshape(count, length),
+        found.length_B.numpy(), found.sequence_id_B.numpy(),
+    )  # fmt: skip
     for kind, widths in zip(kinds, present, strict=True):
-        at_B = np.flatnonzero(located.widths_B == kind)
-        for column, stored, out_BX in ((IDS, widths.input_ids, out[0]), (KEPT, widths.kept, out[1])):
-            part_BX = out_BX if len(kinds) == 1 else np.empty((len(at_B), length), out_BX.dtype)
-            fixed(address_CB[column][at_B], np.empty(0, stored), part_BX)
-            if len(kinds) > 1:
-                out_BX[at_B] = part_BX
-        spans = first_B[at_B], count_B[at_B], start_B[at_B]
-        if len(widths.entries) == 1:
-            packed(address_CB[ENTRIES][at_B], *spans, out[2], out[3])
+        at_B = np.arange(count)
+        if len(kinds) > 1:
+            at_B = np.flatnonzero(located.widths_B == kind)
+        here_CB, spans_3B = (address_CB, spans) if len(kinds) == 1 else (address_CB[:, at_B], spans[:, at_B])
+        ids, kept, *entries = _likes(widths)
+        copies.rows(*here_CB[_FIXED], at_B, ids, kept, *fixed)
+        if len(entries) == 1:
+            copies.packed(here_CB[ENTRIES], *spans_3B, index_K, code_K)
         else:
-            for column, stored, out_K in zip((ENTRIES, CODES), widths.entries, out[2:], strict=True):
-                lists(address_CB[column][at_B], *spans, np.empty(0, stored), out_K)
+            copies.lists(here_CB[ENTRIES], *spans_3B, entries[0], index_K)
+            copies.lists(here_CB[CODES], *spans_3B, entries[1], code_K)
     return found
+
+
+@functools.cache
+def _likes(widths: Widths) -> list[Array]:
+    """Empty arrays of what is stored: ids, counts, and the columns of entries."""
+    return [np.empty(0, stored) for stored in (widths.input_ids, widths.kept, *widths.entries)]
 
 
 def _narrow_types(present: Sequence[Widths]) -> dict[str, torch.dtype]:
@@ -174,26 +177,3 @@ def warm() -> threading.Thread:
     thread = threading.Thread(target=load, name="loader's machine code")
     thread.start()
     return thread
-
-
-def _view(address: int, count: int, kind: np.dtype[Any]) -> Array:
-    content: Any = (ctypes.c_char * (count * kind.itemsize)).from_address(address)
-    return np.frombuffer(content, kind) if count else np.empty(0, kind)
-
-
-def _fixed(address_B: Array, like: Array, out_BX: Array) -> None:
-    for b, address in enumerate(address_B.tolist()):
-        out_BX[b] = _view(address, out_BX.shape[1], like.dtype)
-
-
-def _lists(address_B: Array, first_B: Array, count_B: Array, start_B: Array, like: Array, out_K: Array) -> None:
-    spans = zip(address_B.tolist(), first_B.tolist(), count_B.tolist(), start_B.tolist(), strict=True)
-    for address, first, count, start in spans:
-        out_K[start : start + count] = _view(address + first * like.itemsize, count, like.dtype)
-
-
-def _packed(address_B: Array, first_B: Array, count_B: Array, start_B: Array, index_K: Array, code_K: Array) -> None:
-    spans = zip(address_B.tolist(), first_B.tolist(), count_B.tolist(), start_B.tolist(), strict=True)
-    for address, first, count, start in spans:
-        entry_k = _view(address + first * 4, count, np.dtype(np.uint32))
-        index_K[start : start + count], code_K[start : start + count] = entry_k >> 8, entry_k & 255

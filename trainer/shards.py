@@ -275,8 +275,8 @@ def assemble(of: Any, located: Located, draw_B: Array | int, place_B: Array | No
     found = gather.columns(located, narrow, pin)
     count = len(found.length_B)
 
-    def tensor(values: Array | int) -> Tensor:
-        made = torch.from_numpy(np.broadcast_to(np.asarray(values, np.int64), count).copy())
+    def tensor(values: Array) -> Tensor:
+        made = torch.from_numpy(values)
         return made.pin_memory() if pin else made
 
     return Batch(
@@ -284,12 +284,12 @@ def assemble(of: Any, located: Located, draw_B: Array | int, place_B: Array | No
         length_B=found.length_B,
         sequence_id_B=found.sequence_id_B,
         seed_B=tensor(located.seed_B),
-        draw_B=tensor(draw_B),
-        place_B=tensor(np.arange(count) if place_B is None else place_B),
+        draw_B=tensor(np.array(draw_B, np.int64) if isinstance(draw_B, np.ndarray) else np.full(count, draw_B)),
+        place_B=tensor(np.arange(count) if place_B is None else np.array(place_B, np.int64)),
         sketch=Sketch(found.log_prob_N, found.kept_N, found.index_K, found.code_K),
         extraction=of.extraction,
         codec=of.codec,
-        padded=bool((found.length_B < of.block_length).any()),
+        padded=int(found.length_B.numpy().min(initial=of.block_length)) < of.block_length,
     )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from itertools import islice
 from pathlib import Path
@@ -254,3 +256,16 @@ def test_a_dataset_of_tokens_alone_has_no_noise_to_give(tmp_path):
     batch = NoiseDataset(write_chain(tmp_path / "dataset", extraction="none")).batch(np.arange(4))
     with pytest.raises(DatasetError, match="no noise"):
         batch.noise_at(torch.tensor([1]))
+
+
+def test_a_script_that_ends_in_the_middle_of_an_epoch_ends_in_silence(folders):
+    script = """
+import sys
+from trainer import gather
+from trainer.data import NoiseDataset, Place, batches
+read = batches(NoiseDataset(sys.argv[1]), 1, 8, Place())
+next(read)
+gather.warm().join()  # with numba, a generator outlives the modules that closing it needs
+"""
+    done = subprocess.run([sys.executable, "-c", script, folders[0]], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
