@@ -40,7 +40,7 @@ Dataset: TypeAlias = NoiseDataset | Mixture
 AHEAD = 4
 """Batches that are made before they are asked for."""
 ORDERED = 2048
-"""Samples whose order is computed at once, where global batches are smaller."""
+"""Samples whose order is computed at once, where global batches are smaller and an epoch is larger."""
 
 
 def open_data(data: DataConfig) -> Dataset:
@@ -88,7 +88,7 @@ def batches(
     order: Any = dataset.order(seed)
     share = global_batch // world
     sample = order.sample(place)
-    shares = _shares(order, sample, global_batch, rank * share, share)
+    shares = _shares(order, sample, global_batch, min(ORDERED, len(dataset)), rank * share, share)
 
     def make(sample: int) -> Batch:
         dataset.hold(order, sample, sample + global_batch)
@@ -120,12 +120,12 @@ def batches(
             dataset.release()
 
 
-def _shares(order: Any, sample: int, global_batch: int, first: int, share: int) -> Iterator[tuple[Array, Array]]:
+def _shares(order: Any, sample: int, global_batch: int, ordered: int, first: int, share: int) -> Iterator[tuple[Array, Array]]:
     """(rows, epochs) [share] of samples first .. first + share - 1 of every global batch from `sample` on.
 
-    The order of many samples costs hardly more than that of a few, so that of small batches is computed for several of them.
+    The order of many samples of an epoch costs hardly more than that of a few, so that of small batches is computed for `ordered` of them.
     """
-    together = ORDERED // global_batch
+    together = ordered // global_batch
     while together < 2:
         yield order.at(sample + first, sample + first + share)
         sample += global_batch
