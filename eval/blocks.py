@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from eval.decoding import Decoding, choose
+from eval.sampler import check_noise
 from eval.schedules import confidence_rank, fixed_rank, known_after, reveal_times
 from eval.stream import NOISE_DRAW, OUTPUT_DRAW, step_seed, stream_uniform
 from noise import philox
@@ -96,11 +97,7 @@ def check_blocks(student: BlockStudent, ids_BL: Tensor, decoding: Decoding, g_MV
     size, longest, length = student.block_size, student.block_length, ids_BL.shape[1]
     if decoding.sampler == "adaptive":
         raise ValueError("sampler is adaptive, which takes whole rows; give even, ancestral or first_hitting within blocks")
-    if student.noise.kind == "none" and (decoding.noise_temperature != 1 or decoding.fresh_noise):
-        raise ValueError(
-            f"noise_temperature is {decoding.noise_temperature} and fresh_noise {decoding.fresh_noise}, but the student takes no noise "
-            "(noise.kind: none); trace it by temperature"
-        )
+    check_noise(student, decoding)
     if decoding.fresh_noise and g_MV is not None:
         raise ValueError("fresh_noise is set, but the noise is given, once for all steps; drop one of them")
     if bool((ids_BL[:, 0] == student.mask_id).any()):

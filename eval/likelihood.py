@@ -17,7 +17,8 @@ of an estimate is biased upwards (E exp(-estimate) >= exp(-NELBO)), so that is n
 sum over t of log mean over draws of p(x_t | x_<t, g_t) is returned (a token's distribution depends on its own g_t alone, so the expectation
 factorises; in expectation a bound, exact as draws grow).
 The consequence: a student pays for every bit of trust in its noise, since noise that knows nothing misleads it. So the figure understates what it
-writes (its argmax given its noise), and ranks students with noise below their twins without; compare like with like.
+writes (its argmax given its noise), and ranks students with noise below their twins without; compare like with like. Known tokens carry none,
+also for a student that reads it there (noise.known): theirs would be the teacher's, which is not at hand.
 
 Every number is the stream's, at an id that is a hash of the context: choices of one question share noise and masks, and a score depends on
 neither batch size nor order, up to float rounding. Past the student's length a window slides (`windows`), and bounds of windows add up.

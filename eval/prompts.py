@@ -5,8 +5,8 @@
     {"ids": [464, null, null, 5417], "length": 12}    tokens, null for a blank; `length` counts every position, BOS too
 
 BOS is put before each. Given tokens are never changed. They carry no noise, but for a student that reads the noise of known tokens where
-the teacher is at hand (given_teacher): `given_noise` is the posterior noise that makes it choose them.
-Shapes: P prompts, L positions, B rows, V vocabulary, N given tokens.
+the teacher is at hand (given).
+Shapes: P prompts, L positions, B rows.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.adaptive import Auxiliary
-from eval.stream import NOISE_DRAW
-from noise import philox
-from noise.posterior import posterior_gumbel
 from noise.storage import DatasetError
 
 BLANK = -1
@@ -81,20 +77,6 @@ def prefix_lengths(prompts: Prompts) -> Tensor:
             f"prompt {int(bad_P.nonzero()[0])} has tokens after its blanks, and a causal LM reads from left to right; give them to a masked student"
         )
     return prefix_P
-
-
-def given_noise(teacher: Auxiliary, given_BL: Tensor, sequence_id_B: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """(where int64 [N], g float32 [N, V]): the posterior noise of given tokens, at flat positions b L + t.
-
-    Those after BOS and before their row's first blank: of the others the teacher, which has not read what stands before them,
-    knows nothing. The stream's rows are those of prior noise, so a seed names this noise too.
-    """
-    before_BL = ((given_BL == BLANK).cumsum(1) == 0) & (torch.arange(given_BL.shape[1], device=given_BL.device) > 0)
-    row_N, position_N = before_BL.nonzero(as_tuple=True)
-    where_N = row_N * given_BL.shape[1] + position_N
-    log_probs_NV = torch.log_softmax(teacher.logits_of(given_BL.clamp_min(0), where_N).float(), -1)
-    rows_N5 = philox.rows(seed, sequence_id_B[row_N], position_N, NOISE_DRAW)
-    return where_N, posterior_gumbel(log_probs_NV, given_BL.flatten()[where_N], rows_N5)
 
 
 def _row(line: Any, tokenizer: Any, vocab_size: int, room: int) -> list[int]:

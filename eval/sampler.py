@@ -9,7 +9,7 @@ sequence and held through all steps, or anew in each step with fresh_noise. The 
 tokens at any batch size, up to float rounding of the student's forward.
 
 A student that reads the noise of known tokens (`noise.known`) is given, for each token that it has written, the noise that it wrote it from;
-tokens that were given have the noise that the caller names (`prompts.given_noise`: the posterior, where a teacher is at hand), or none.
+tokens that were given have the noise that the caller names (the posterior, where a teacher is at hand: given), as it is, or none.
 
 Shapes: B rows, L positions, M unknown positions at the start, N still masked in the rows of a step, V vocabulary.
 """
@@ -115,24 +115,29 @@ def _check(student: MaskedStudent, ids_BL: Tensor, decoding: Decoding, g_MV: Ten
     most = int((ids_BL == student.mask_id).sum(1).max())
     if decoding.sampler == "even" and decoding.nfe > most:
         raise ValueError(f"nfe is {decoding.nfe} but no row has more than {most} unknown positions; lower nfe")
-    if student.noise.kind == "none" and (decoding.noise_temperature != 1 or decoding.fresh_noise):
-        raise ValueError(
-            f"noise_temperature is {decoding.noise_temperature} and fresh_noise {decoding.fresh_noise}, but the student takes no noise "
-            "(noise.kind: none); trace it by temperature"
-        )
+    check_noise(student, decoding)
     if decoding.fresh_noise and g_MV is not None:
         raise ValueError("fresh_noise is set, but the noise is given, once for all steps; drop one of them")
-    if student.noise.known and (decoding.fresh_noise or decoding.lookahead or decoding.recompute):
-        raise ValueError(
-            f"fresh_noise is {decoding.fresh_noise}, lookahead {decoding.lookahead} and recompute {decoding.recompute}, but the student reads the "
-            "noise of known tokens (noise.known), so that all are read, with noise that is held; drop them"
-        )
     if (auxiliary is None) == (decoding.sampler == "adaptive"):
         raise ValueError(
             f"sampler is {decoding.sampler} {'with' if auxiliary else 'without'} a small causal LM; only adaptive takes one, and needs it"
         )
     if auxiliary is not None and auxiliary.vocab_size != student.vocab_size:
         raise ValueError(f"the small causal LM has a vocabulary of {auxiliary.vocab_size}, the student of {student.vocab_size}; they must share one")
+
+
+def check_noise(student: Any, decoding: Decoding) -> None:
+    """Raises ValueError for settings of the noise that this student cannot follow, before any forward."""
+    if student.noise.kind == "none" and (decoding.noise_temperature != 1 or decoding.fresh_noise):
+        raise ValueError(
+            f"noise_temperature is {decoding.noise_temperature} and fresh_noise {decoding.fresh_noise}, but the student takes no noise "
+            "(noise.kind: none); trace it by temperature"
+        )
+    if student.noise.known and (decoding.fresh_noise or decoding.lookahead or decoding.recompute):
+        raise ValueError(
+            f"fresh_noise is {decoding.fresh_noise}, lookahead {decoding.lookahead} and recompute {decoding.recompute}, but the student reads the "
+            "noise of known tokens (noise.known), so that all are read, with noise that is held; drop them"
+        )
 
 
 class _Rows:
@@ -161,7 +166,7 @@ class _Rows:
         self.g_MV = None
         if student.noise.kind != "none" and not decoding.fresh_noise:
             self.g_MV = self._scaled(sampling_noise(seed, sequence_id_B, unknown_BL, student.vocab_size) if g_MV is None else g_MV)
-        self.given = None if given is None else (given[0], self._scaled(given[1]))
+        self.given = given
 
     def forward(self, step: int, moving_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(at int64 [N] into M, logits [N, V], noise [N, V] or None) of the masked positions in view of the rows that move in this step."""

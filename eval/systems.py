@@ -18,7 +18,7 @@ from eval.blocks import sample_blocks
 from eval.causal import CausalLM
 from eval.config import ReportConfig, System
 from eval.decoding import Decoding
-from eval.sampler import blank_rows, resolve_output, sample_counted
+from eval.sampler import blank_rows, check_noise, resolve_output, sample_counted
 from noise.storage import DatasetError, read_json
 from trainer.students import load_student
 
@@ -132,11 +132,14 @@ def trace(name: str, system: System, student: Any, nfe: list[int]) -> list[Trace
         )
     output = resolve_output("sample" if student.config.kind == "ar" and system.output == "auto" else system.output, student)
     free = is_free(system, student)
-    return [
+    traced = [
         Traced(name, _decoding(system, student, asked, t, n, p, output), asked)
         for asked in ([0] if free else system.nfe or nfe)
         for t in system.temperatures for n in system.noise_temperatures for p in system.nuclei or [system.nucleus]
     ]  # fmt: skip
+    for point in traced:
+        check_noise(student, point.decoding)
+    return traced
 
 
 def _decoding(system: System, student: Any, nfe: int, temperature: float, noise_temperature: float, nucleus: float, output: Any) -> Decoding:

@@ -18,7 +18,8 @@ from eval.causal import CausalLM, folder_identity, model_identity
 from eval.config import SampleConfig
 from eval.decoding import Decoding, restricted_log_probs
 from eval.drafters import MedusaDrafter
-from eval.prompts import BLANK, Prompts, given_noise, prefix_lengths
+from eval.given import GivenTeacher
+from eval.prompts import BLANK, Prompts, prefix_lengths
 from eval.referee import Held, SharedNoise, prior
 from eval.sampler import resolve_output, sample_counted
 from eval.speculative import speculate
@@ -80,7 +81,9 @@ class MaskedWriter:
                 f"sampler is {config.sampler} and auxiliary {config.auxiliary!r}; adaptive needs a small causal LM, the others take none"
             )
         self.auxiliary = CausalLM(config.auxiliary, self.device) if config.auxiliary else None
-        self.given_teacher = _given_teacher(config, self.student)
+        if config.given_teacher and not config.prompts:
+            raise ValueError(f"given_teacher is {config.given_teacher!r}, but nothing is given: prompts is empty; give prompts, or drop it")
+        self.given_teacher = GivenTeacher(config.given_teacher, self.student, self.device) if config.given_teacher else None
         self.vocab_size, self.longest, self.asked = self.student.vocab_size, self.student.block_length, nfe
         self.label = config.sampler + (f"-nfe{nfe}" if nfe else "")
         self.identity = folder_identity(Path(config.student))
@@ -98,7 +101,7 @@ class MaskedWriter:
 
     def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given_BL, sequence_id_B = given_BL.to(self.device), sequence_id_B.to(self.device)
-        given = given_noise(self.given_teacher, given_BL, sequence_id_B, self.seed) if self.given_teacher else None
+        given = self.given_teacher(given_BL, sequence_id_B, self.seed) if self.given_teacher else None
         ids_BL, nfe_B = sample_counted(
             self.student,
             given_BL.masked_fill(given_BL == BLANK, self.student.mask_id),
@@ -228,21 +231,6 @@ def _refuse_masked_settings(config: SampleConfig, why: str) -> None:
     for name, default in ignored.items():
         if getattr(config, name) != default:
             raise ValueError(f"{name} is {getattr(config, name)}, but {config.student} {why}; drop it")
-
-
-def _given_teacher(config: SampleConfig, student: Any) -> CausalLM | None:
-    """Raises ValueError where its noise would not be read."""
-    if not config.given_teacher:
-        return None
-    about = f"given_teacher is {config.given_teacher!r}, but"
-    if not config.prompts:
-        raise ValueError(f"{about} nothing is given: prompts is empty; give prompts, or drop it")
-    if not (student.noise.known and student.noise.informed):
-        raise ValueError(f"{about} {config.student} reads no posterior noise at known tokens (noise.known, and a noise.kind of the text); drop it")
-    teacher = CausalLM(config.given_teacher, device_of(config.device))
-    if teacher.vocab_size != student.vocab_size:
-        raise ValueError(f"{about} it has a vocabulary of {teacher.vocab_size}, the student of {student.vocab_size}; give the teacher of its dataset")
-    return teacher
 
 
 def _decoding(config: SampleConfig, student: Any, nfe: int) -> Decoding:

@@ -123,10 +123,10 @@ def columns(located: Located, narrow: bool = False, pin: bool = False) -> Column
         found.length_B.numpy(), found.sequence_id_B.numpy(),
     )  # fmt: skip
     for kind, widths in zip(kinds, present, strict=True):
-        at_B = np.arange(count)
+        at_B, here_CB, spans_3B = np.arange(count), address_CB, spans
         if len(kinds) > 1:
             at_B = np.flatnonzero(located.widths_B == kind)
-        here_CB, spans_3B = (address_CB, spans) if len(kinds) == 1 else (address_CB[:, at_B], spans[:, at_B])
+            here_CB, spans_3B = np.ascontiguousarray(address_CB[:, at_B]), np.ascontiguousarray(spans[:, at_B])
         ids, kept, *entries = _likes(widths)
         copies.rows(*here_CB[_FIXED], at_B, ids, kept, *fixed)
         if len(entries) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,25 @@ from safetensors.torch import load_file, save_file
 
 from eval.__main__ import main
 from eval.causal import CausalLM
-from eval.config import SampleConfig
+from eval.config import SampleConfig, System
 from eval.decoding import Decoding
 from eval.drafters import drafter_of
-from eval.prompts import BLANK, given_noise
+from eval.given import GivenTeacher, given_noise
+from eval.prompts import BLANK
 from eval.reconstruct import reconstruct
 from eval.sample_set import SampleSet, sample_set
 from eval.sampler import blank_rows, sample_counted, sampling_noise
+from eval.stream import NOISE_DRAW
 from eval.study import load_masked
-from noise.storage import DatasetError
+from eval.systems import trace
+from noise import philox
+from noise.storage import DatasetError, weights_hash
 from tests.eval.world import LENGTH, VOCAB, write_causal, write_student, write_world
 from trainer.conditioning import KnownNoise
-from trainer.config import NoiseConfig
+from trainer.config import NoiseConfig, StudentConfig
 from trainer.data import NoiseDataset
 from trainer.marginal import tempered
+from trainer.students import build, save_student
 from trainer.students.mdlm import MDLM
 
 NOISES = {
@@ -45,6 +51,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights = load_file(folder / name / "model.safetensors")
         save_file(weights | {"input.known_scale": 20 * weights["input.known_scale"]}, folder / name / "model.safetensors")
     write_causal(folder / "wide", 4, VOCAB + 3)
+    blocks = build(StudentConfig("bd3lm", layers=1, hidden=16, heads=2, block_size=4), VOCAB, LENGTH)
+    save_student(folder / "blocks", blocks, blocks.state_dict(), {}, {})
+    write_student(folder / "elsewhere", seed=6, noise=NOISES["known"])
+    about = json.loads((folder / "elsewhere" / "student.json").read_text())
+    about["provenance"]["identity"] = {"teacher": {"weights_sha256": "ab", "temperature": 0.5}}
+    (folder / "elsewhere" / "student.json").write_text(json.dumps(about))
     lines: list[Any] = [{"text": "w5 w6"}, {"text": ["w7 ", 2, " w8"]}, {"ids": [9, None, None, 10], "length": LENGTH}, {"ids": [None] * 7}]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
@@ -130,6 +142,28 @@ def test_a_row_is_written_in_a_batch_as_it_is_alone_with_and_without_noise_of_gi
     assert torch.equal(found[0][[0, 2, 4]], found[1][[0, 2, 4]]) and not torch.equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("seed", [3, 4])
+def test_posterior_noise_of_given_tokens_makes_the_teacher_choose_them(world: Path, temperature: float, seed: int) -> None:
+    teacher = CausalLM(str(world / "teacher"))
+    given_BL = torch.tensor([[0, 5, 6, BLANK, 7], [0, BLANK, 4, 4, 4], [0, 23, 1, 9, BLANK]])
+    told = given_noise(teacher, temperature, given_BL, torch.tensor([4, 5, 6]), seed)
+    assert told is not None and told[0].tolist() == [1, 2, 11, 12, 13]
+    for where, g in zip(told[0].tolist(), told[1], strict=True):
+        row, position = divmod(where, 5)
+        with torch.no_grad():
+            log_p = torch.log_softmax(teacher.model(input_ids=given_BL[row : row + 1, :position]).logits[0, -1] / temperature, -1)
+        token = int(given_BL[row, position])
+        rows_15 = philox.rows(seed, torch.tensor([4 + row]), torch.tensor([position]), NOISE_DRAW)
+        e, e0 = philox.exponential(philox.words(rows_15, VOCAB))[0], philox.winner_exponential(rows_15)
+        a = torch.where(torch.arange(VOCAB) == token, 0, e) + log_p.exp() * e0
+        assert int((log_p + g).argmax()) == token and torch.allclose(g, -a.log(), atol=1e-4)
+
+
+def test_nothing_is_asked_of_the_teacher_where_nothing_is_given() -> None:
+    assert given_noise(None, 1.0, torch.tensor([[0, BLANK, 3], [0, BLANK, BLANK]]), torch.arange(2), 1) is None  # type: ignore[arg-type]
+
+
 def config(world: Path, output: Path, **settings: Any) -> SampleConfig:
     settings = {"student": "known", "sequences": 11, "device": "cpu", "nfe": 3, "prompts": str(world / "prompts.jsonl"), **settings}
     return SampleConfig(**{**settings, "student": str(world / settings["student"]), "output": str(output)})
@@ -149,10 +183,12 @@ def test_with_the_teacher_at_hand_prompts_carry_the_noise_that_makes_it_choose_t
     assert changed[[0, 1, 2, 4, 5, 6, 8, 9, 10]].any() and not changed[[3, 7]].any()  # BOS alone: nothing is given
     student = heard(world / "known")
     given_BL = torch.tensor([[0, 5, 6] + [BLANK] * 5])
-    told = given_noise(CausalLM(teacher), given_BL, torch.tensor([0]), seed=1)
+    told = given_noise(CausalLM(teacher), 1.0, given_BL, torch.tensor([0]), 1)
+    assert told is not None
     start_1L = given_BL.masked_fill(given_BL == BLANK, student.mask_id)
     ids_1L, _ = sample_counted(student, start_1L, torch.tensor([0]), 1, Decoding(3, output="argmax"), given=told)
     assert ids_1L[0].tolist() == ids_of(made)[0].tolist()
+    sample_counted(student, start_1L, torch.tensor([0]), 1, Decoding(3, noise_temperature=0.5, output="argmax"), given=told)  # theirs is as it is
     for _, known in student.heard:
         assert isinstance(known, KnownNoise) and known.where_K.tolist()[-2:] == [1, 2] and torch.equal(known.g_KV[-2:], told[1])
 
@@ -168,11 +204,13 @@ def test_reconstruction_tells_each_step_the_posterior_noise_of_what_came_back(wo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"student": "gumbel", "given_teacher": "teacher"}, "gumbel reads no posterior noise at known tokens"),
-        ({"student": "control", "given_teacher": "teacher"}, "control reads no posterior noise at known tokens"),
+        ({"student": "gumbel", "given_teacher": "teacher"}, "the student reads no posterior noise at known tokens"),
+        ({"student": "control", "given_teacher": "teacher"}, "the student reads no posterior noise at known tokens"),
         ({"student": "known", "given_teacher": "wide"}, "it has a vocabulary of 27, the student of 24"),
         ({"student": "known", "given_teacher": "teacher", "prompts": ""}, "nothing is given: prompts is empty"),
         ({"student": "teacher", "given_teacher": "teacher", "nfe": 0}, "given_teacher is .*, but .* is a causal LM"),
+        ({"student": "blocks", "given_teacher": "teacher"}, "a bd3lm student is sampled within blocks"),
+        ({"student": "elsewhere", "given_teacher": "teacher"}, r"its weights have sha256 \w{64}, those of the teacher of the student's dataset ab"),
         ({"student": "known", "fresh_noise": True}, "fresh_noise is True, .* but the student reads the noise of known tokens"),
     ],
 )
@@ -192,6 +230,27 @@ def test_noise_of_given_tokens_is_refused_by_a_student_that_reads_none_and_draft
             sample_counted(student, started(student), torch.arange(5), 1, Decoding(sampler="adaptive", **settings), auxiliary=CausalTable())  # type: ignore[arg-type]
     with pytest.raises(DatasetError, match="which drafts do not keep"):
         drafter_of(student, 1, 0)
+
+
+def test_the_teacher_of_the_dataset_is_read_at_its_temperature(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "known", tmp_path / "known")
+    about = json.loads((tmp_path / "known" / "student.json").read_text())
+    recorded = {"weights_sha256": weights_hash(world / "teacher"), "temperature": 0.5}
+    about["provenance"]["identity"] = {"teacher": recorded}
+    (tmp_path / "known" / "student.json").write_text(json.dumps(about))
+    student = load_masked(str(tmp_path / "known"), "cpu")
+    teacher = GivenTeacher(str(world / "teacher"), student, "cpu")
+    given_BL = torch.tensor([[0, 5, 6, 7, BLANK]])
+    told, expected = (
+        ask(given_BL, torch.tensor([2]), 8) for ask in (teacher, lambda *rest: given_noise(CausalLM(str(world / "teacher")), 0.5, *rest))
+    )
+    assert told is not None and expected is not None and torch.equal(told[1], expected[1]) and teacher.identity["temperature"] == 0.5
+
+
+def test_a_report_refuses_fresh_noise_for_such_a_student_before_anything_is_drawn(world: Path) -> None:
+    system = System(str(world / "known"), fresh_noise=True)
+    with pytest.raises(ValueError, match="reads the noise of known tokens"):
+        trace("known", system, load_masked(str(world / "known"), "cpu"), [2])
 
 
 def test_the_command_takes_a_teacher_for_prompts(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.causal import CausalLM
-from eval.prompts import BLANK, Prompts, given_noise, prefix_lengths
-from eval.stream import NOISE_DRAW
-from noise import philox
+from eval.prompts import BLANK, Prompts, prefix_lengths
 from noise.storage import DatasetError
-from tests.eval.world import VOCAB, write_causal
+from tests.eval.world import VOCAB
 
 
 class Words:
@@ -85,20 +82,3 @@ def test_a_causal_lm_takes_prefixes_alone(tmp_path: Path) -> None:
     assert prefix_lengths(read(tmp_path, '{"text": "w5 w6"}', '{"text": "w5", "length": 3}')).tolist() == [3, 2]
     with pytest.raises(ValueError, match=r"prompt 1 has tokens after its blanks"):
         prefix_lengths(read(tmp_path, '{"text": "w5 w6"}', '{"text": ["w5", 1, "w6"]}'))
-
-
-def test_posterior_noise_of_given_tokens_makes_the_teacher_choose_them(tmp_path: Path) -> None:
-    write_causal(tmp_path / "teacher", 1)
-    teacher = CausalLM(str(tmp_path / "teacher"))
-    given_BL = torch.tensor([[0, 5, 6, BLANK, 7], [0, BLANK, 4, 4, 4], [0, 23, 1, 9, BLANK]])
-    where_N, g_NV = given_noise(teacher, given_BL, torch.tensor([4, 5, 6]), seed=3)
-    assert where_N.tolist() == [1, 2, 11, 12, 13]
-    for where, g in zip(where_N.tolist(), g_NV, strict=True):
-        row, position = divmod(where, 5)
-        with torch.no_grad():
-            log_p = torch.log_softmax(teacher.model(input_ids=given_BL[row : row + 1, :position]).logits[0, -1], -1)
-        token = int(given_BL[row, position])
-        rows_15 = philox.rows(3, torch.tensor([4 + row]), torch.tensor([position]), NOISE_DRAW)
-        e, e0 = philox.exponential(philox.words(rows_15, VOCAB))[0], philox.winner_exponential(rows_15)
-        a = torch.where(torch.arange(VOCAB) == token, 0, e) + log_p.exp() * e0
-        assert int((log_p + g).argmax()) == token and torch.allclose(g, -a.log(), atol=1e-4)

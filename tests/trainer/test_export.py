@@ -66,6 +66,16 @@ def test_the_cards_twenty_lines_compute_what_the_student_computes(tmp_path, monk
     torch.testing.assert_close(theirs, ours, rtol=2e-4, atol=2e-4)
 
 
+def test_where_twenty_lines_are_not_enough_the_card_loads_the_tensors(tmp_path, monkeypatch):
+    student = build(StudentConfig(layers=1, hidden=16, heads=2, noise=NoiseConfig("gumbel", "replace", known=True)), V, L)
+    save_student(tmp_path / "student", student, student.own_state(), {}, {})
+    export(tmp_path / "student", tmp_path / "exported")
+    monkeypatch.chdir(tmp_path / "exported")
+    scope = {}
+    exec(lines_of(tmp_path / "exported"), scope)
+    assert "logits" not in scope and scope["tensors"].keys() == student.own_state().keys()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")

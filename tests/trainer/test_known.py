@@ -115,6 +115,11 @@ def test_the_control_and_the_probe_never_hear_the_rows_own_noise(batch: Batch) -
     assert own is not None and probe is not None and torch.equal(own.where_K, where_K) and not torch.equal(own.g_KV.dense(), probe.g_KV.dense())  # type: ignore[union-attr]
 
 
+def test_the_probe_hears_another_rows_noise_alone(batch: Batch) -> None:
+    student, chance, other = scaled(OPTIONS["all"]), Chance(3, 5, 64), replace(batch, seed_B=batch.seed_B + 1)
+    assert torch.equal(student(batch, chance, other)[0], student(other, chance)[0])  # the same text: only its noise is another
+
+
 def test_prompts_of_text_that_a_teacher_wrote_carry_none(tmp_path: Path) -> None:
     batch = NoiseDataset(write_chain(tmp_path / "dataset", extraction="sequential")).batch(np.arange(16))
     written_BL = (torch.arange(L) > 3).expand(16, L)

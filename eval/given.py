@@ -1,0 +1,59 @@
+"""The noise of given tokens, for a student that reads the noise of known ones (`noise.known`): their posterior under the teacher of its dataset.
+
+Of the tokens after BOS and before their row's first blank: of the others the teacher, which has not read what stands before them,
+knows nothing. The teacher's temperature is the dataset's. The stream's rows are those of prior noise, so a seed names this noise too.
+Shapes: B rows, L positions, V vocabulary, N given tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.adaptive import Auxiliary
+from eval.causal import CausalLM
+from eval.prompts import BLANK
+from eval.stream import NOISE_DRAW
+from noise import philox
+from noise.posterior import posterior_gumbel
+from noise.storage import weights_hash
+
+
+def given_noise(teacher: Auxiliary, temperature: float, given_BL: Tensor, sequence_id_B: Tensor, seed: int) -> tuple[Tensor, Tensor] | None:
+    """(where int64 [N], g float32 [N, V]) at flat positions b L + t, under which the teacher chooses the tokens; None where no token is given."""
+    before_BL = ((given_BL == BLANK).cumsum(1) == 0) & (torch.arange(given_BL.shape[1], device=given_BL.device) > 0)
+    row_N, position_N = before_BL.nonzero(as_tuple=True)
+    if not len(row_N):
+        return None
+    width = int(position_N.max()) + 1
+    read_BP = given_BL[:, :width].clamp_min(0)
+    logits_NV = teacher.logits_of(read_BP, row_N * width + position_N).float()
+    rows_N5 = philox.rows(seed, sequence_id_B[row_N], position_N, NOISE_DRAW)
+    g_NV = posterior_gumbel(torch.log_softmax(logits_NV / temperature, -1), given_BL[row_N, position_N], rows_N5)
+    return row_N * given_BL.shape[1] + position_N, g_NV
+
+
+class GivenTeacher:
+    """The teacher of a student's dataset. Raises ValueError where its noise would not be read, or where it is another model."""
+
+    def __init__(self, name: str, student: Any, device: str):
+        about = f"given_teacher is {name!r}, but"
+        if not (student.noise.known and student.noise.informed):
+            raise ValueError(f"{about} the student reads no posterior noise at known tokens (noise.known, and a noise.kind of the text); drop it")
+        self._teacher = CausalLM(name, device)
+        if self._teacher.vocab_size != student.vocab_size:
+            raise ValueError(
+                f"{about} it has a vocabulary of {self._teacher.vocab_size}, the student of {student.vocab_size}; give the teacher of its dataset"
+            )
+        recorded = student.provenance.get("identity", {}).get("teacher") or {}
+        expected, found = recorded.get("weights_sha256"), weights_hash(Path(name)) if Path(name).is_dir() else None
+        if expected and found and found != expected:
+            raise ValueError(f"{about} its weights have sha256 {found}, those of the teacher of the student's dataset {expected}; give that one")
+        self._temperature = float(recorded.get("temperature", 1.0))
+        self.identity = {**self._teacher.identity, "temperature": self._temperature}
+
+    def __call__(self, given_BL: Tensor, sequence_id_B: Tensor, seed: int) -> tuple[Tensor, Tensor] | None:
+        return given_noise(self._teacher, self._temperature, given_BL, sequence_id_B, seed)
