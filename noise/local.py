@@ -61,7 +61,10 @@ class LocalFolder(Folder):
 
     def append(self, name: str, content: bytes) -> bool:
         self._path.mkdir(parents=True, exist_ok=True)
-        with (self._path / name).open("ab") as file:
+        path = self._path / name
+        if path.is_symlink():
+            raise DatasetError(f"{path} is a link, and nothing is written through it; put the file itself there, or delete it")
+        with path.open("ab") as file:
             file.write(content)
         return True
 

@@ -157,7 +157,7 @@ def driving(folder: Folder) -> Iterator[None]:
         raise
     finally:
         signal.signal(INTERRUPT, before or signal.SIG_DFL)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, DatasetError):
             lease.release()
 
 

@@ -9,8 +9,9 @@
     run.jsonl         the hash in each of its lines
     driver.json       its own hash, its form to the byte; there while a driver runs, or when one died late
 
-So any changed byte is found, and its file named. Not covered: files that somebody put there later; they are listed. Datasets
-of before these hashes cover less, and that is said too. All damage is reported, not only the first. Costs one pass over the bytes.
+So any changed byte is found, and its file named. Not covered: files that somebody put there later; those in the folder itself are
+listed. Datasets of before these hashes cover less, and that is said too. All damage is reported, not only the first. Costs one
+pass over the bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from noise.identity import differences
 from noise.lineage import grows_from
 from noise.receipt import Receipt, read_receipt, receipt_name
 from noise.seal import SEAL, broken, hash_of, read_seal
-from noise.storage import DatasetError, parse_json, readable_json
+from noise.storage import LARGEST_FILE, DatasetError, parse_json, readable_json
 from pipeline import lease, run_log
 from pipeline.config import DamageError
 from pipeline.progress import Progress, say
@@ -50,6 +51,8 @@ class Findings:
     """One line a damaged file, each with its name."""
     uncovered: list[str] = field(default_factory=list)
     """Files that no hash covers."""
+    cut_off: bool = False
+    """Whether run.jsonl ends in the middle of a line."""
     sealed: bool = True
     """Whether the manifest has hashes of itself and of the small files."""
     receipts: bool = True
@@ -75,6 +78,8 @@ def verify(where: Where, processes: int | None = None) -> Manifest:
 
 def uncovered_in_words(found: Findings) -> list[str]:
     lines = [] if found.sealed else ["the manifest is of an older form: no hash covers itself, the plan beside its identity, and the card"]
+    if found.cut_off:
+        lines.append(f"{run_log.NAME} ends in the middle of a line, as when its writer is stopped; the next one goes on behind it")
     if found.uncovered:
         lines.append(f"no hash covers {', '.join(found.uncovered[:10])}" + (f" and {len(found.uncovered) - 10} more" * (len(found.uncovered) > 10)))
     return lines
@@ -168,10 +173,16 @@ def _small_files(folder: Folder, manifest: Manifest, found: Findings) -> list[st
 def _logs(folder: Folder, found: Findings) -> list[str]:
     """What is written beside a dataset while it is made, each with hashes of its own; takes from `uncovered` what they cover."""
     damage, covered = [], set()
-    if run_log.NAME in found.uncovered and (line := run_log.damaged_line(folder.read(run_log.NAME))) != 0:
-        covered.add(run_log.NAME)
-        if line:
-            damage.append(f"{folder.path(run_log.NAME)}, line {line}, is not as it was written: edited or damaged; nothing reads it as data")
+    if run_log.NAME in found.uncovered and folder.sizes("")[run_log.NAME] <= LARGEST_FILE:
+        try:
+            log = run_log.examine(folder.read(run_log.NAME))
+        except DatasetError as error:
+            return [str(error)]
+        covered |= {run_log.NAME} if log.hashed else set()
+        found.cut_off = log.cut_off and not log.damaged
+        if log.damaged:
+            path = folder.path(run_log.NAME)
+            damage.append(f"{path}, line {log.damaged}, is not as it was written: edited or damaged; nothing needs it: fetch it again, or delete it")
     if lease.NAME in found.uncovered:
         try:
             _, hashed = lease.read_holder(folder)

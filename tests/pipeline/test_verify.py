@@ -107,11 +107,11 @@ def test_one_changed_byte_in_any_file_is_found_and_the_file_named(copy: Path) ->
     assert damage_of(copy) == []
 
 
-@pytest.mark.parametrize(("name", "count"), [("manifest.json", 300), ("seal.json", 40), ("run.jsonl", 1000), ("driver.json", 1000)])
+@pytest.mark.parametrize(("name", "count"), [("manifest.json", 300), ("seal.json", 40), ("run.jsonl", 40), ("driver.json", 100)])
 def test_one_changed_byte_in_what_holds_its_own_hashes_is_found(copy: Path, name: str, count: int) -> None:
     path = copy / name
     whole = path.read_bytes()
-    for number, at in enumerate(offsets(whole, count, 1) if count < len(whole) else range(len(whole))):
+    for number, at in enumerate(offsets(whole, count, 1)):
         changed = bytearray(whole)
         changed[at] ^= 1 << number % 8
         path.write_bytes(changed)
@@ -147,20 +147,6 @@ def test_what_no_hash_covers_is_said(copy: Path, capsys: pytest.CaptureFixture[s
     (copy / "manifest.json").write_text(json.dumps(value))
     verify.verify(copy)
     assert "the manifest is of an older form" in capsys.readouterr().err
-
-
-def test_a_log_of_before_gets_its_hashes_and_a_line_that_was_cut_off_goes_when_a_driver_goes_on(copy: Path) -> None:
-    path = copy / "run.jsonl"
-    path.write_text('{"event": "begin", "time": 1.0}\n{"event": "sha')
-    with RunLog(copy) as log:
-        log.write("begin", shards=1)
-    assert [event["event"] for event in map(json.loads, path.read_text().splitlines())] == ["begin", "begin"]
-    assert damage_of(copy) == [] and verify.examine(copy).uncovered == []
-    whole = path.read_bytes()
-    path.write_bytes(whole + whole.splitlines()[0][:20])
-    assert damage_of(copy) == [f"{path}, line 3, is not as it was written: edited or damaged; nothing reads it as data"]
-    RunLog(copy)
-    assert path.read_bytes() == whole
 
 
 def test_several_processes_find_what_one_finds(copy: Path) -> None:
