@@ -249,6 +249,10 @@ class ReconstructConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
 
+    def __post_init__(self) -> None:
+        if not self.nfe or min(self.nfe) < 1:
+            raise ValueError(f"nfe is {self.nfe}; give at least one number, each from 1 up")
+
 
 @dataclass
 class AcceptConfig:

@@ -15,6 +15,7 @@ SamplerName = Literal["even", "ancestral", "first_hitting", "adaptive"]
 OrderName = Literal["random", "confidence", "left_to_right"]
 
 _ELEMENTS_AT_ONCE = 2**24  # probabilities turned into cumulative sums together
+_OUTPUT = "output (of sample and perplexity: choose)"
 _FIRST_FIELDS = ("nfe", "temperature", "noise_temperature", "nucleus", "output", "order")
 
 
@@ -56,7 +57,7 @@ class Decoding:
         if self.output == "argmax" and (self.temperature != 1 or self.nucleus != 1 or self.top_k):
             raise ValueError(
                 f"temperature {self.temperature}, nucleus {self.nucleus} and top_k {self.top_k} do nothing to an argmax; "
-                "leave them alone or set output to sample"
+                f"leave them alone or set {_OUTPUT} to sample"
             )
         if self.sampler in ("first_hitting", "adaptive") and (self.nfe or self.order != "random"):
             raise ValueError(
@@ -77,7 +78,8 @@ class Decoding:
         for name in ("temperature", "noise_temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be above 0" + (" (output: argmax is temperature 0)" if name == "temperature" else "")
+                    f"{name} is {getattr(self, name)}; it must be above 0"
+                    + (f"; for temperature 0 set {_OUTPUT} to argmax" if name == "temperature" else "")
                 )
         if not 0 < self.nucleus <= 1:
             raise ValueError(f"nucleus is {self.nucleus}; it must be in (0, 1]")

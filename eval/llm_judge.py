@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -94,6 +94,10 @@ class LlmJudgeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.timeout <= 0:
             raise ValueError(f"timeout is {self.timeout}; it must be above 0")
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        for name in ("key_variable", "parallel", "timeout", "attempts"):
+            if not self.endpoint and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} is {getattr(self, name)}, but a local model is sent no requests; drop it, or give --endpoint")
 
 
 def judge(config: LlmJudgeConfig) -> None:

@@ -28,9 +28,13 @@ def show_report(report: dict[str, Any], folder: Path) -> None:
             )
     for line in report["comparisons"]:
         console.print(Text(line["sentence"], style="green" if line["below_one"] else ""), soft_wrap=True)
-    for warning in report["warnings"]:
-        console.print(Text(f"note: {warning}", style="yellow"), soft_wrap=True)
+    show_notes(report["warnings"])
     console.print(f"report: {folder / 'report.html'}, {folder / 'report.md'}\npicture: {folder / 'report.png'}", highlight=False, soft_wrap=True)
+
+
+def show_notes(notes: list[str]) -> None:
+    for note in notes:
+        _console().print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 
 
 def _console() -> Console:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+from eval.cautions import cautions_of_one
 from eval.config import PerplexityConfig, ReconstructConfig, SampleConfig, System
 from eval.judge import Judge
 from eval.metrics import Scored, bootstrap_weights, mean
@@ -14,7 +16,7 @@ from eval.progress import Progress
 from eval.reconstruct import by_position, returned, shares
 from eval.report import figures
 from eval.sample_set import sample_set
-from eval.show import show_figures, show_texts
+from eval.show import show_figures, show_notes, show_texts
 from eval.study import device_of
 from eval.systems import check_nfe, is_free, load
 from noise.storage import DatasetError
@@ -46,6 +48,7 @@ def perplexity_one(config: PerplexityConfig) -> None:
         "tokens in loops": interval(found["looped"], 4), "tokens before an end": interval(found["length"]["mean"]),
         "sequences": str(len(ids_SL)), "NFE": drawn.made,
     })  # fmt: skip
+    show_notes(cautions_of_one(Path(config.student), judge.lm.identity))
     print(f"samples: {drawn.path}")
 
 

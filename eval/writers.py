@@ -128,6 +128,10 @@ class BlockWriter:
             )
         nfe = config.nfe or (self.student.block_size if config.sampler in ("even", "ancestral") else 0)
         self.decoding = _decoding(config, self.student, nfe)
+        if config.eos >= self.student.vocab_size:
+            raise ValueError(
+                f"eos is {config.eos}, not a token of the student's vocabulary of {self.student.vocab_size}: no row would end; set --eos, or drop it"
+            )
         self.eos, self.keep = config.eos if config.eos >= 0 else None, config.keep_blocks or None
         self.vocab_size, self.longest, self.asked = self.student.vocab_size, max(config.length, self.student.block_length), 0
         self.label = f"blocks-{config.sampler}" + (f"-nfe{nfe}" if nfe else "")

@@ -81,6 +81,14 @@ def test_the_same_command_trains_and_samples_nothing_again(made: Path, capsys: p
     assert files == {path: path.stat().st_mtime_ns for path in files}
 
 
+def test_no_recipe_of_the_project_writes_its_page_over_what_was_written_by_hand() -> None:
+    recipes = [path for path in Path("recipes").glob("*.yaml") if "groups" in yaml.safe_load(path.read_text())]
+    assert len(recipes) > 2
+    for path in recipes:
+        config = parse(["ablation", "--config", str(path)])[1]
+        assert not config.page or config.folder in Path(config.page).parents
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -16,7 +16,7 @@ from eval.config import SampleConfig
 from eval.decoding import Decoding, choose
 from eval.sample_set import sample_set
 from eval.sampler import blank_rows, resolve_output, sampling_noise
-from eval.stream import OUTPUT_DRAW, stream_uniform
+from eval.stream import OUTPUT_DRAW, step_seed, stream_uniform
 from noise import philox
 from tests.eval.known import TableStudent, fits
 from tests.eval.world import write_tokenizer
@@ -44,6 +44,7 @@ class BlockTable(TableStudent):
         assert not (ids_BT[:, :start] == self.mask_id).any() and (ids_BT == self.mask_id).any()
         later = torch.full((len(ids_BT), self.unknown + 1 - ids_BT.shape[1]), self.mask_id)
         self.asked.append(ids_BT.clone())
+        self.given.append(g_NV)
         p_BMV = self.conditionals(torch.cat((ids_BT, later), 1)[:, 1:])
         logits_NV = p_BMV[:, : ids_BT.shape[1] - 1][ids_BT[:, 1:] == self.mask_id].log().float()
         return logits_NV if g_NV is None or not self.noise.readout else logits_NV + g_NV
@@ -78,6 +79,31 @@ def test_argmax_of_a_perfect_readout_is_a_sample_with_noise_held_or_fresh() -> N
     student = BlockTable(3, noise="gumbel", readout=True)
     for fresh in (False, True):
         assert fits(drawn(student, Decoding(4, output="argmax", fresh_noise=fresh)), student, student.joint)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_noise_is_held_through_a_blocks_steps_or_new_in_each_and_scaled_by_its_temperature(fresh: bool) -> None:
+    student, rows = BlockTable(2, unknown=5, noise="gumbel"), torch.arange(7)
+    ids_BL = blank_rows(student, 7, 6, bos=0)
+    ids_BL[:, 1] = 0  # given, so that each of the other two blocks takes both of its steps
+    sample_blocks(student, ids_BL, rows, 9, Decoding(2, noise_temperature=0.5, fresh_noise=fresh))
+    for step, asked, given_g in zip((0, 1, 0, 1), student.asked, student.given, strict=True):
+        all_g = torch.zeros(7, 6, 3)
+        unknown = ids_BL == student.mask_id
+        all_g[unknown] = 0.5 * sampling_noise(step_seed(9, step) if fresh else 9, rows, unknown, 3)
+        assert given_g is not None and torch.equal(given_g, all_g[:, : asked.shape[1]][asked == student.mask_id])
+
+
+def test_confidence_reveals_the_surest_position_of_a_block_first() -> None:
+    student = BlockTable(3, unknown=5)
+    sample_blocks(student, blank_rows(student, 40, 6, bos=0), torch.arange(40), 1, Decoding(3, order="confidence"))
+    steps = [pair for pair in itertools.pairwise(student.asked) if pair[0].shape == pair[1].shape]
+    assert len(steps) == 3
+    for before, after in steps:
+        masked = before[:, 1:] == student.mask_id
+        sure = student.conditionals(before[:, 1:])[:, : masked.shape[1]].amax(-1).masked_fill(~masked, 0)
+        revealed = masked & (after[:, 1:] != student.mask_id)
+        assert (revealed.sum(1) == 1).all() and torch.equal(revealed.int().argmax(1), sure.argmax(1))
 
 
 @given(
@@ -279,3 +305,5 @@ def test_the_command_writes_blocks_to_any_length_with_prompts_and_an_end(tmp_pat
         sample_set(SampleConfig(**{**settings, "student": str(tmp_path / "plain")}, eos=5))
     with pytest.raises(ValueError, match="without a small model"):
         sample_set(SampleConfig(**settings, auxiliary="judge"))
+    with pytest.raises(ValueError, match="eos is 11, not a token of the student's vocabulary of 11"):
+        sample_set(SampleConfig(**settings, eos=V))

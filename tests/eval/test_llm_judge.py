@@ -278,7 +278,11 @@ def test_arrow_sets_are_decoded_and_a_local_model_judges_them(tmp_path: Path, ca
     arguments = ["judge", "--samples", *sets, "--output", str(tmp_path / "out"), "--mode", "graded", "--max_tokens", "4", "--device", "cpu"]
     arguments += ["--model", str(tmp_path / "local"), "--graded_prompt", str(tmp_path / "short.txt")]
     assert main(arguments) == 1 and "--tokenizer" in capsys.readouterr().err
-    assert main([*arguments, "--tokenizer", str(tmp_path / "tokenizer")]) == 0
+    arguments += ["--tokenizer", str(tmp_path / "tokenizer")]
+    for name, value in (("key_variable", "KEY"), ("parallel", "2"), ("timeout", "5.0"), ("attempts", "3")):
+        assert main([*arguments, f"--{name}", value]) == 1
+        assert f"{name} is {value}, but a local model is sent no requests" in capsys.readouterr().err
+    assert main(arguments) == 0
     found = json.loads((tmp_path / "out" / "judge.json").read_text())
     assert found["graded"]["one"]["unreadable"] == 3 and found["judge"]["local"]["weights"] and found["sequences"] == 3
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 6

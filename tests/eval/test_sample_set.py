@@ -157,6 +157,8 @@ def test_what_does_not_fit_is_one_clear_line(world: Path, tmp_path: Path, capsys
         ("plain", {"sampler": "first_hitting", "nfe": 2}, "its own order and number of forwards"),
         ("plain", {"fresh_noise": "true", "nfe": 2}, "takes no noise"),
         ("plain", {"nfe": 2, "bos": 24}, "BOS is 24"),
+        ("gumbel", {"nfe": 2, "temperature": 0.5}, "set output (of sample and perplexity: choose) to sample"),
+        ("plain", {"nfe": 2, "temperature": 0}, "set output (of sample and perplexity: choose) to argmax"),
         ("plain", {"lookahead": 4, "nfe": 2}, "sampler even does not write from left to right"),
         ("ar", {"nfe": 4}, "nfe is 4, but"),
         ("ar", {"recompute": 4}, "recompute is 4, but"),

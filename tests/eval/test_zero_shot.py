@@ -1,4 +1,4 @@
-"""Likelihoods of continuations: bounds against enumeration, exactness, noise that knows no answer; the harness, where it is installed."""
+"""Likelihoods of continuations: bounds against enumeration, exactness, noise that knows no answer; the harness, and a stand-in for it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ import pytest
 import torch
 from scipy import stats
 
+from eval import zero_shot
 from eval.__main__ import main
-from eval.answering import encode_pair
+from eval.answering import TextStudent, encode_pair
 from eval.causal import CausalLM
+from eval.config import SampleConfig
+from eval.ledger import Ledger
 from eval.likelihood import CausalLikelihood, MaskedLikelihood, masks, windows
+from eval.zero_shot import ZeroShotConfig
+from tests.eval.harness import Request, put_in_place
 from tests.eval.world import LENGTH, VOCAB, write_heldout, write_student, write_tokenizer
 from trainer.config import NoiseConfig, StudentConfig
 from trainer.students import build, save_student
@@ -153,6 +158,15 @@ def test_a_score_is_the_seeds_and_choices_of_one_question_share_noise() -> None:
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0][:2], seen[2][:2])
 
 
+def test_noise_temperature_scales_the_noise_that_is_seen_and_changes_the_score() -> None:
+    model, ids = student("mdlm", NOISE), [0, 2, 1, 0]
+    seen: list[torch.Tensor] = []
+    real = model.predict
+    model.predict = lambda ids, g: (seen.append(g), real(ids, g))[1]
+    whole, half = (MaskedLikelihood(model, 3, 1, temperature)(ids, 2)[0] for temperature in (1.0, 0.5))
+    assert torch.equal(seen[1], 0.5 * seen[0]) and whole != half
+
+
 def test_windows_score_every_token_once_after_all_the_context_that_fits() -> None:
     ids = [9, *range(100, 120)]
     assert list(windows(ids[:8], 5, 8)) == [(ids[:8], 5)]
@@ -204,10 +218,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["mdlm", "bd3lm", "gumbel", "ar"])
-def test_every_student_is_a_model_of_the_harness(world: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lm_eval")
-    arguments = ["zero-shot", "--student", str(world / kind), "--tasks", "choice,rolling,written", "--task_folder", str(world / "tasks"),
-                 "--output", str(tmp_path), "--draws", "4", "--device", "cpu"]  # fmt: skip
+@pytest.mark.parametrize("harness", ["lm_eval", "stand-in"])
+def test_every_student_is_a_model_of_the_harness(
+    world: Path, tmp_path: Path, kind: str, harness: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_place(monkeypatch) if harness == "stand-in" else pytest.importorskip("lm_eval")
+    arguments = command(world, tmp_path, kind)
     assert main(arguments) == 0
     out = capsys.readouterr().out
     found = json.loads(next((tmp_path / "zero-shot").glob("*.json")).read_text())
@@ -216,6 +232,84 @@ def test_every_student_is_a_model_of_the_harness(world: Path, tmp_path: Path, ki
     kept = next((tmp_path / "zero-shot").glob("*.jsonl"))
     before = kept.read_bytes()
     assert main(arguments) == 0 and kept.read_bytes() == before and len(before.splitlines()) == 5 * 3 + 5 + 5
+
+
+def command(world: Path, output: Path, kind: str, tasks: str = "choice,rolling,written") -> list[str]:
+    return ["zero-shot", "--student", str(world / kind), "--tasks", tasks, "--task_folder", str(world / "tasks"), "--output", str(output),
+            "--draws", "4", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "ar"])
+def test_the_figures_are_those_of_the_students_own_answers(world: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place(monkeypatch)
+    for tasks in ("choice", "written,rolling"):  # the second command adds to what the first one found
+        assert main(command(world, tmp_path, kind, tasks)) == 0
+    found = json.loads(next((tmp_path / "zero-shot").glob("*.json")).read_text())
+    answers = TextStudent(SampleConfig(str(world / kind), "", choose="argmax", device="cpu"), 4)
+    questions = [json.loads(line) for line in (world / "questions.json").read_text().splitlines()]
+    right = 0
+    for question in questions:
+        log_p = [answers.log_likelihood(question["question"], f" {text}")[0] for text in question["choices"]]
+        right += log_p.index(max(log_p)) == question["answer"]
+    texts = [f"{question['question']} w3 w4 w5 w6 w7 w8 w9 w10" for question in questions]
+    perplexity = math.exp(-sum(map(answers.rolling, texts)) / sum(len(text.split()) for text in texts))
+    assert found["results"]["choice"]["acc,none"] == right / len(questions) and found["n-samples"]["choice"]["effective"] == len(questions)
+    assert found["results"]["rolling"]["word_perplexity,none"] == pytest.approx(perplexity) and set(found["versions"]) == set(found["results"])
+    kept = [json.loads(line)["value"] for line in next((tmp_path / "zero-shot").glob("*.jsonl")).read_text().splitlines()]
+    written = answers.write([question["question"] for question in questions], 3, {})
+    assert [value for value in kept if isinstance(value, str)] == [text.split(" w1 ")[0] for text in written]
+
+
+def test_the_harness_is_asked_for_the_tasks_examples_and_questions_that_were_named(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = put_in_place(monkeypatch)
+    assert main([*command(world, tmp_path, "ar", "rolling, choice"), "--limit", "2", "--fewshot", "0"]) == 0
+    assert "|rolling|word_perplexity,none|" in capsys.readouterr().out
+    assert main(command(world, tmp_path, "ar", "standard")) == 1
+    assert "tasks arc_easy, arc_challenge, hellaswag" in capsys.readouterr().err  # the stand-in has none of them
+    eight = ["arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa", "social_iqa", "boolq"]
+    assert harness.called == [
+        {"tasks": ["rolling", "choice"], "num_fewshot": 0, "limit": 2}, {"tasks": eight, "num_fewshot": None, "limit": None},
+    ]  # fmt: skip
+
+
+class Scripted:
+    """Answers by rule, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+
+    def log_likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        self.asked.append((context, continuation))
+        return -float(len(continuation)), continuation == context
+
+    def rolling(self, text: str) -> float:
+        self.asked.append((text,))
+        return -10.0 * len(text)
+
+    def write(self, contexts: list[str], tokens: int, settings: dict[str, object]) -> list[str]:
+        self.asked.append((contexts, tokens, settings))
+        return [f"{context}1 {context}2. and\nmore" for context in contexts]
+
+
+def test_requests_are_answered_in_order_and_each_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place(monkeypatch)
+    scripted, config = Scripted(), ZeroShotConfig("s", str(tmp_path), batch=2)
+    short, long = {"until": [".", "\n"], "max_gen_toks": 7}, {"until": "\n"}
+    pairs = [Request(("a", "bb")), Request(("c", "c")), Request(("a", "bbb"))]
+    single = [Request(("a",)), Request(("dd",))]
+    writing = [Request((context, settings)) for context, settings in (("p", short), ("q", long), ("r", short), ("s", short), ("t", {}))]
+    for _ in range(2):
+        with Ledger(tmp_path / "kept.jsonl") as ledger:
+            model = zero_shot._model(scripted, config, ledger)  # type: ignore[arg-type]
+            assert model.loglikelihood(pairs) == [(-2.0, False), (-1.0, True), (-3.0, False)]
+            assert model.loglikelihood_rolling(single) == [-10.0, -20.0]
+            assert model.generate_until(writing) == ["p1 p2", "q1 q2. and", "r1 r2", "s1 s2", "t1 t2. and\nmore"]
+    assert scripted.asked == [
+        ("a", "bb"), ("c", "c"), ("a", "bbb"), ("a",), ("dd",),
+        (["p", "r"], 7, short), (["s"], 7, short), (["q"], 256, long), (["t"], 256, {}),
+    ]  # fmt: skip
 
 
 def test_what_cannot_be_scored_is_one_clear_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
