@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
@@ -121,6 +122,10 @@ class StudentConfig:
     def __post_init__(self) -> None:
         if min(self.layers, self.hidden, self.heads) < 1:
             raise ValueError(f"student.layers is {self.layers}, student.hidden {self.hidden}, student.heads {self.heads}; each must be at least 1")
+        if self.mlp < 0:
+            raise ValueError(f"student.mlp is {self.mlp}; it must be at least 0, which takes the usual width")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"student.dropout is {self.dropout}; it must be in [0, 1), 0 for none")
         if len(self.clip) != 2:
             raise ValueError(f"student.clip is {list(self.clip)}; give two mask rates")
         self.clip = (self.clip[0], self.clip[1])  # JSON makes it a list
@@ -196,7 +201,8 @@ class OptimConfig:
     ema: float = 0.9999
     """Decay of the averaged weights that are saved as the student; step s uses s / (9 + s) where that is smaller. 0: none."""
     explode: float = 100.0
-    """Stop, and name the sequences, at a loss above this many times the running median, taken as 1 nat a token at least; 0: only at NaN."""
+    """Stop, and name the sequences, at a loss above this many times the running median, which counts as 1 nat a token at least and ln V at most
+    (times the weights of student.objective), and as the latter in the first 16 steps; 0: only at NaN."""
 
 
 @dataclass
@@ -244,10 +250,17 @@ class TrainConfig:
             ("checkpoint_every", self.checkpoint_every, 0), ("keep_checkpoints", self.keep_checkpoints, 0), ("optim.steps", self.optim.steps, 1),
             ("data.open_shards", self.data.open_shards, 1), ("data.window", self.data.window, 0), ("data.ahead", self.data.ahead, 1),
             ("optim.global_batch", self.optim.global_batch, 1), ("optim.micro_batch", self.optim.micro_batch, 0),
-            ("optim.explode", self.optim.explode, 0),
+            ("optim.explode", self.optim.explode, 0), ("optim.clip", self.optim.clip, 0), ("optim.warmup", self.optim.warmup, 0),
+            ("optim.weight_decay", self.optim.weight_decay, 0), ("threads", self.threads, 0),
         ):  # fmt: skip
-            if value < least:
+            if not value >= least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if not 0 < self.optim.lr < math.inf:
+            raise ValueError(f"optim.lr is {self.optim.lr}; it must be above 0 and finite")
+        if not 0 <= self.optim.ema < 1:
+            raise ValueError(f"optim.ema is {self.optim.ema}; it must be in [0, 1), 0 for no average")
+        if not all(0 <= beta < 1 for beta in self.optim.betas):
+            raise ValueError(f"optim.betas is {list(self.optim.betas)}; both must be in [0, 1)")
         if self.student.clip_search and not (self.data.heldout and self.eval_every):
             raise ValueError(
                 f"student.clip_search is set, but data.heldout is {self.data.heldout!r} and eval_every {self.eval_every}: "

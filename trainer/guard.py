@@ -2,12 +2,14 @@
 
 Losses stay on the device until somebody looks: at every logged line, before every evaluation and checkpoint, and after 64
 steps at the latest, so that no checkpoint holds what came after a bad step. All processes look at the same numbers and stop alike.
-A loss explodes when it is above `optim.explode` times the median of the last 64 steps, which counts as 1 nat a token at least.
+A loss explodes when it is above `optim.explode` times the median of the last 64 steps. That counts as 1 nat a token at least, and at most as the
+loss of a student that knows nothing, which also stands in for it until 16 steps are known: an explosion is never what later ones are held against.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from dataclasses import dataclass
 
@@ -35,8 +37,9 @@ class _Watched:
 class Guard:
     """Watches the steps of one process."""
 
-    def __init__(self, world: World, explode: float, recent: list[float]):
-        self._world, self._explode = world, explode
+    def __init__(self, world: World, explode: float, unknowing: float, recent: list[float]):
+        """unknowing: loss of a student that knows nothing, nats a token."""
+        self._world, self._explode, self._unknowing = world, explode, unknowing
         self._recent = deque(recent, _MEMORY)
         self._watched: list[_Watched] = []
 
@@ -61,8 +64,8 @@ class Guard:
         all_RSM = self._world.gather(own_SM)
         for at, watched in enumerate(self._watched):
             loss = float(all_RSM[:, at, :-1].sum()) / watched.tokens
-            known = sorted(self._recent)
-            typical = max(1.0, known[len(known) // 2]) if len(known) >= _FEWEST else math.inf
+            median = statistics.median_high(self._recent) if len(self._recent) >= _FEWEST else math.inf
+            typical = max(1.0, min(median, self._unknowing))
             if not math.isfinite(loss) or (self._explode and loss > self._explode * typical):
                 self._stop(watched, loss, typical, all_RSM[:, at, :-1])
             if not math.isfinite(float(all_RSM[0, at, -1])):
@@ -78,7 +81,7 @@ class Guard:
             count = parts_RM.shape[1]
             rank, micro = divmod(int(torch.nan_to_num(parts_RM, torch.inf, torch.inf, torch.inf).argmax()), count)
             ids = ids_RB[rank].chunk(count)[micro]
-            found = "not finite" if not math.isfinite(loss) else f"{loss:.4g} nats a token, where the last steps had {typical:.4g}"
+            found = "not finite" if not math.isfinite(loss) else f"{loss:.4g} nats a token, above optim.explode {self._explode:g} times {typical:.4g}"
             where = f"micro-batch {micro + 1} of {count}" + (f" on process {rank}" if self._world.size > 1 else "")
             what = f"the loss of step {watched.step} is {found}; {where} has"
         shown = ", ".join(str(int(number) % 2**64) for number in ids[:_SHOWN]) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")

@@ -88,7 +88,9 @@ class _Run:
             state = self._resume(folder)
             self.said += [f"{output.name}: resumed at step {state.step}"]
         self.step, self.place, self.judged = state.step, Place(state.epoch, state.consumed), state.heldout
-        self.guard = Guard(world, config.optim.explode, state.recent)
+        objective = config.student.objective
+        unknowing = (objective.nelbo + objective.token_kd) * math.log(self.student.vocab_size)
+        self.guard = Guard(world, config.optim.explode, unknowing, state.recent)
         if config.compile:
             for part in self.student.compiled_parts:
                 part.forward = compiled(part.forward)  # type: ignore[method-assign]

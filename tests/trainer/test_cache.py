@@ -62,6 +62,21 @@ def test_batches_from_a_store_are_those_of_the_folder_within_a_bounded_cache(fol
     assert SHARDS <= len(fetched(bucket)) <= 3 * SHARDS  # so much and what was fetched ahead; readers fetch hardly a shard twice
 
 
+def test_the_next_windows_shards_are_here_before_they_are_asked_for(folder, uri, bucket, tmp_path):
+    """After the first batch of the first of eight windows, the store may lose everything: two windows' batches come."""
+    dataset = NoiseDataset(uri, window=2, cache=tmp_path)
+    order = dataset.order(5)
+    source, local = batches(dataset, 5, 10, Place(), ahead=1), batches(NoiseDataset(folder, window=2), 5, 10, Place())
+    first = next(source)[0]
+    for fetching in dataset._cache._waiting:
+        fetching.result(120)
+    ahead = {f"{shard:05d}.arrow" for window in (0, 1) for shard in order.shards_of(0, window)}
+    assert len(ahead) == 4 and set(fetched(bucket)) == ahead
+    bucket.objects.clear()
+    assert equal(first, next(local)[0]) and all(equal(next(source)[0], next(local)[0]) for _ in range(7))
+    source.close()
+
+
 def test_a_resume_fetches_the_shards_that_it_still_needs_and_no_others(folder, uri, bucket, tmp_path):
     dataset = NoiseDataset(uri, window=2, cache=tmp_path)
     order = dataset.order(5)

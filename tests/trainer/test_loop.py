@@ -133,9 +133,10 @@ def spoil(monkeypatch, step: int, place: int, loss) -> list[int]:
     ("step", "loss", "message", "stands"),
     [
         (6, lambda value: value * float("nan"), "the loss of step 6 is not finite; micro-batch 2 of 4", "000004"),
-        (19, lambda value: value + 1e5, "nats a token, where the last steps had", "000018"),
+        (19, lambda value: value + 1e5, "nats a token, above optim.explode 100 times", "000018"),
+        (4, lambda value: value + 1e5, "nats a token, above optim.explode 100 times 2.565;", "000002"),
     ],
-    ids=["not a number", "explosion"],
+    ids=["not a number", "explosion", "early explosion"],
 )
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_a_bad_loss_stops_the_run_with_the_sequences_of_its_micro_batch(data, tmp_path, capsys, monkeypatch, step, loss, message, stands, log_every):
@@ -145,6 +146,16 @@ def test_a_bad_loss_stops_the_run_with_the_sequences_of_its_micro_batch(data, tm
     assert checkpoint.checkpoints(tmp_path / "run")[-1].name == stands, "no checkpoint holds what came after"
     again = refuse(capsys, tmp_path / "run", data, optim__steps=24, optim__micro_batch=2, log_every=log_every)
     assert again == said, "a resumed run judges by what came before it"
+
+
+def test_a_run_that_explodes_in_its_first_steps_is_stopped_before_a_checkpoint(data, tmp_path, capsys):
+    wild = {**NO_NOISE, "optim__lr": 30, "optim__warmup": 0, "optim__steps": 60, "checkpoint_every": 20, "log_every": 20}
+    assert "nats a token, above optim.explode 100 times 2.565; micro-batch 1 of 1 has" in refuse(capsys, tmp_path / "run", data, **wild)
+    assert not checkpoint.checkpoints(tmp_path / "run")
+
+
+def test_a_loss_that_weighs_much_is_no_explosion(data, tmp_path):
+    assert main(arguments(tmp_path / "run", data, student__objective__nelbo=1000.0, optim__steps=2)) == 0
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_too(data, tmp_path, capsys, monkeypatch):
