@@ -154,7 +154,8 @@ class Manifest:
             if folder.exists("plan.json"):
                 command = "generate" if Plan.read(folder).identity["extraction"] == "sequential" else "extract"
                 raise DatasetError(
-                    f"{folder} is unfinished (a plan, no manifest); run `python -m pipeline {command}` again, it continues where it stopped"
+                    f"{folder} is unfinished (a plan, no manifest); run `python -m pipeline {command}` again, "
+                    "or the push, pull or other command that was writing it: it continues where it stopped"
                 )
             raise DatasetError(f"{folder} is not a noise dataset: it has no manifest.json")
         value = folder.json("manifest.json")

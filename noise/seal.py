@@ -25,6 +25,8 @@ TOKENIZER_FILES = (
     "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja",
 )  # fmt: skip
 """What a tokenizer is made of; nothing else of tokenizer/ is ever copied elsewhere."""
+SMALL_FILES = ("plan.json", "README.md", "recipe.yaml", *(f"tokenizer/{name}" for name in TOKENIZER_FILES))
+"""What a dataset has beside shards and hashes; whatever else lies there is somebody's own, and neither sealed nor moved."""
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -40,11 +42,15 @@ def hash_of(folder: Folder, name: str) -> str:
     return hashlib.sha256(folder.read(name)).hexdigest()
 
 
+def beside(folder: Folder) -> list[str]:
+    """The files beside the shards, a dataset's own and others."""
+    names = [*folder.sizes(""), *(f"tokenizer/{name}" for name in folder.sizes("tokenizer"))]
+    return sorted(name for name in names if name not in UNSEALED and not name.endswith(".tmp"))
+
+
 def small_files(folder: Folder) -> dict[str, str]:
-    """sha256 of the files beside the shards, by name."""
-    names = [name for name in folder.sizes("") if name not in UNSEALED and not name.endswith(".tmp")]
-    names += [f"tokenizer/{name}" for name in folder.sizes("tokenizer") if not name.endswith(".tmp")]
-    return {name: hash_of(folder, name) for name in sorted(names)}
+    """sha256 of the dataset's own files beside the shards, by name."""
+    return {name: hash_of(folder, name) for name in beside(folder) if name in SMALL_FILES}
 
 
 def write_seal(folder: Folder, files: dict[str, str] | None = None) -> None:

@@ -13,6 +13,7 @@ The data flow of this room, one file each:
     packing     documents of tokens -> blocks that begin with BOS
     teacher     a Hugging Face causal LM -> log-probs in float32, a few positions at a time
     plan        what decides the numbers (identity), and which documents make which shard
+    claim       plan.json goes first, where nobody's own files are in the way
     standing    a plan that is there already: found again by listing, extended by new files
     estimate    how much a plan will make, before any teacher runs
     pilot       the teacher on some rows of a plan: speed, bytes, and how far the corpus is from what it would write

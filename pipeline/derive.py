@@ -24,7 +24,9 @@ from noise.lineage import parts, roots, spans
 from noise.receipt import listed, shard_name
 from noise.storage import DatasetError, sha256_text
 from pipeline.card import write_card
+from pipeline.claim import claim
 from pipeline.progress import Progress, say
+from pipeline.tokenizer import check_tokenizer, copy_tokenizer
 
 SAME = ("format_version", "compression", "extraction", "vocab_size", "block_length", "epsilon", "draws", "tokenizer", "teacher")
 SEVERAL = "0"
@@ -100,8 +102,7 @@ def take(sources: list[Source], output: Where) -> Manifest:
         {"sources": [str(source.folder) for source in sources], **_shared([Plan.read(source.folder).environment for source in sources])},
         [{"root_hash": source.manifest.root_hash, "shard": shard} for source, shard in of_shards],
     )
-    plan.write(folder)
-    copy_tokenizer(sources[0].folder, folder)
+    begin(sources[0].folder, folder, plan)
     there = listed(folder)
     with Progress("take", "shards", len(of_shards), sum(source.manifest.receipts[shard].bytes for source, shard in of_shards)) as progress:
         for number, (source, shard) in enumerate(of_shards):
@@ -110,6 +111,14 @@ def take(sources: list[Source], output: Where) -> Manifest:
                 adopt_shard(folder, source.folder, f"shards/{receipt.file}", replace(receipt, shard=number, file=shard_name(number)))
             progress.advance(work=receipt.bytes, tokens=receipt.tokens)
     return finish(folder, plan)
+
+
+def begin(source: Folder, folder: Folder, plan: Plan) -> None:
+    """plan.json and tokenizer/ of a dataset made of another. Raises DatasetError where the source's tokenizer is not its own, or the folder
+    holds something else."""
+    check_tokenizer(source, plan.identity, "fetch it again")
+    claim(folder, plan)
+    copy_tokenizer(source.fetched("tokenizer"), folder, plan.identity)
 
 
 def finish(folder: Folder, plan: Plan) -> Manifest:
@@ -192,10 +201,3 @@ def makers(identity: Identity) -> list[Identity]:
         for first, stop in source["shards"]:
             made += [part for span, part in zip(spans(parent), makers(parent), strict=True) if max(first, span.first) < min(stop, span.stop)]
     return made
-
-
-def copy_tokenizer(source: Folder, folder: Folder) -> None:
-    """tokenizer/ of one dataset to another, and nothing where it has none."""
-    for name in source.sizes("tokenizer"):
-        if not folder.exists(f"tokenizer/{name}"):
-            folder.put(f"tokenizer/{name}", source.read(f"tokenizer/{name}"))

@@ -18,6 +18,7 @@ from noise.shard import FORMAT_VERSION
 from noise.sketch import Codec
 from noise.storage import DatasetError, canonical_json, sha256_text
 from pipeline import config
+from pipeline.claim import claim
 from pipeline.corpus import Corpus, CorpusFile, corpus_settings
 from pipeline.divide import ShardInput, divide
 from pipeline.packing import Packer
@@ -130,13 +131,13 @@ def stated(card: config.Card) -> dict[str, Any]:
 def write_plan(recipe: config.Work, plan: Plan, tokenizer: Tokenizer) -> Plan:
     """Write plan.json and tokenizer/, or find them there. Returns the plan that stands.
 
-    Raises DatasetError by field when the folder holds a plan of another identity or other numerics.
+    Raises DatasetError by field when the folder holds a plan of another identity or other numerics, by file when it holds somebody's own.
     """
     folder = Folder.of(recipe.output)
-    plan.write(folder)
+    claim(folder, plan)
     standing = Plan.read(folder)
     check_numerics(plan.environment["numerics"], standing, folder)
-    copy_tokenizer(tokenizer.folder, folder)
+    copy_tokenizer(tokenizer.folder, folder, standing.identity)
     return standing
 
 

@@ -27,7 +27,7 @@ from noise.lineage import Span, spans
 from noise.receipt import listed
 from noise.shard import COMPRESSIONS, FORMAT_VERSIONS, ROWS_PER_BATCH, Array, Rows, ShardMetadata
 from noise.storage import DatasetError
-from pipeline.derive import SEVERAL, copy_tokenizer, finish, makers
+from pipeline.derive import SEVERAL, begin, finish, makers
 from pipeline.progress import Progress
 
 _ORDER_DRAW = 195
@@ -159,8 +159,7 @@ def _rewrite(source: RowSource, done: dict[str, Any], cuts: list[_Cut], output: 
     identity = {**kept, **(changed or {}), "shards": {"count": len(cuts)}, "parents": [parent], "rewritten": done}
     environment = Plan.read(source.folder).environment | {"sources": [str(source.folder)]}
     plan = Plan(identity, environment, [{"first": int(cut.rows[0]), "rows": len(cut.rows)} for cut in cuts])
-    plan.write(folder)
-    copy_tokenizer(source.folder, folder)
+    begin(source.folder, folder, plan)
     there = listed(folder)
     with Progress("rewrite", "shards", len(cuts), sum(len(cut.rows) for cut in cuts)) as progress:
         for number, cut in enumerate(cuts):

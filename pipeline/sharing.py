@@ -14,8 +14,9 @@ COMMANDS = {
     "reshard": "The same rows in shards of another size.",
     "convert": "The same shards in another format version or compression.",
     "card": "Say on a dataset's card what only its makers know: its name, and licences.",
-    "push": "Publish a dataset: to hf://datasets/OWNER/NAME, s3://, gs://, or a folder; hash-checked, and the same command continues.",
-    "pull": "Fetch a published dataset, hash-checked; some of its shards with --shards.",
+    "push": "Publish a dataset: to hf://datasets/OWNER/NAME, s3://, gs://, or a folder; hash-checked, and the same command continues; "
+    "of shards that are there already, a folder's are hashed, elsewhere only sizes are compared (`verify` hashes them).",
+    "pull": "Fetch a published dataset, hash-checked, also what is there already; some of its shards with --shards.",
     "export": "Noise as numbers, for people without a decoder of the format.",
 }
 

@@ -26,6 +26,7 @@ from pipeline.plan import make_plan, write_plan
 from pipeline.progress import Progress, printable, say
 from pipeline.run_log import RunLog
 from pipeline.standing import find_plan
+from pipeline.tokenizer import copy_tokenizer
 
 
 def save_recipe(recipe: Work, where: Where) -> None:
@@ -69,6 +70,7 @@ def find_job(recipe: Recipe, grow: bool, write: bool = True) -> Job:
         if write:
             standing = write_plan(recipe, standing, tokenizer)
     if write and not is_finished(folder, standing):  # a finished dataset's manifest has the hash of its recipe
+        copy_tokenizer(tokenizer.folder, folder, standing.identity)  # stopped after plan.json, it is not there yet
         save_recipe(recipe, folder)
     sources = [ShardInput.from_json(shard) for shard in standing.shards]
     documents, characters = sum(source.documents for source in sources), sum(source.characters for source in sources)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from noise.folder import Folder
+from noise.identity import Identity
 from noise.seal import TOKENIZER_FILES
 from noise.storage import DatasetError, canonical_json, read_json, sha256_file, sha256_text, write_json
 from pipeline import config
@@ -87,12 +88,21 @@ def tokenizer_hash(folder: Path) -> str:
     return sha256_text(canonical_json({name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}))
 
 
-def copy_tokenizer(source: Path, dataset: Folder) -> None:
-    """The tokenizer's files, in a dataset's own folder."""
+def copy_tokenizer(source: Path, dataset: Folder, identity: Identity) -> None:
+    """The tokenizer's files, in a dataset's own folder. Raises DatasetError where one that is there already makes it another tokenizer."""
     there = dataset.sizes("tokenizer")
     for name in TOKENIZER_FILES:
         if (source / name).exists() and name not in there:
             dataset.put(f"tokenizer/{name}", (source / name).read_bytes())
+    check_tokenizer(dataset, identity, "move it away and run again, or name another folder")
+
+
+def check_tokenizer(dataset: Folder, identity: Identity, way_out: str) -> None:
+    """Raises DatasetError where tokenizer/ is not the identity's; where there is neither, nothing is to be checked."""
+    expected, there = identity.get("tokenizer"), [name for name in TOKENIZER_FILES if name in dataset.sizes("tokenizer")]
+    if isinstance(expected, dict) and there and tokenizer_hash(dataset.fetched("tokenizer")) != expected.get("sha256"):
+        path = dataset.path(f"tokenizer/{there[0]}")
+        raise DatasetError(f"{path} is not the tokenizer of this dataset: its hash is not the identity's; {way_out}")
 
 
 def find_tokenizer(recipe: config.Work) -> Path:

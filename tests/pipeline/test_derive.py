@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,25 @@ def test_an_interrupted_merge_goes_on_and_damage_on_the_way_is_not_committed(giv
     content[len(content) // 2] ^= 1
     (broken / "shards" / last.file).write_bytes(content)
     assert [receipt.sha256 for receipt in derive.merge([given["first"], broken], tmp_path / "merged").receipts] == [r.sha256 for r in whole.receipts]
+
+
+def test_another_tokenizer_in_the_output_or_the_source_is_refused(given: dict[str, Path], tmp_path: Path) -> None:
+    makers: list[Callable[[Path, Path], Manifest]] = [
+        lambda source, output: derive.take([derive.Source.of(source, [0])], output),
+        lambda source, output: rewrite.rows_between(source, 0, 3, output),
+    ]
+    for number, make in enumerate(makers):
+        output = tmp_path / f"part{number}"
+        made, tokenizer = make(given["first"], output), output / "tokenizer" / "tokenizer.json"
+        tokenizer.write_text(tokenizer.read_text().replace("<|bos|>", "<|BOS|>"))
+        with pytest.raises(DatasetError, match=r"tokenizer\.json is not the tokenizer of this dataset.*fetch it again"):
+            make(output, tmp_path / "next")
+        (output / "manifest.json").unlink()  # as when it was stopped just before
+        with pytest.raises(DatasetError, match=r"tokenizer\.json is not the tokenizer of this dataset.*move it away"):
+            make(given["first"], output)
+        assert not (tmp_path / "next").exists() and not (output / "manifest.json").exists()
+        tokenizer.unlink()
+        assert make(given["first"], output) == made == verify(output, 1)
 
 
 def test_resharding_and_choosing_rows_keep_every_row_as_it_was(given: dict[str, Path], tmp_path: Path) -> None:
