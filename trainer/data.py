@@ -7,16 +7,14 @@ straddle epochs. Each rank takes its contiguous share of every global batch. Bat
     order       sample number -> row, for one dataset and for several mixed by weight
     shards      row -> where it is in a mapped shard; mixture: several datasets read as one
     cache       shards of datasets at a URI, on this machine
-    gather      addresses -> whole arrays; native: its machine code
+    gather      addresses -> whole arrays; native: its machine code; ahead: its thread
     batch       those arrays, and their noise
 """
 
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, repeat
 from typing import Any, TypeAlias
 
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from noise.storage import DatasetError
 from trainer import gather
+from trainer.ahead import Ahead
 from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.mixture import Mixture
@@ -96,27 +95,24 @@ def batches(
         place_B = np.arange(rank * share, (rank + 1) * share)
         return dataset.batch(row_B, epoch_B % dataset.codec.draws, place_B, narrow=narrow, pin=pin)
 
-    def make_some(sample: int, count: int) -> list[tuple[Batch, Place]]:
-        starts = range(sample, sample + count * global_batch, global_batch)
-        return [(make(start), order.place(start + global_batch)) for start in starts]
-
     # handing over costs as much as making a small batch does, so they come half of `ahead` at a time; the first alone, since somebody waits for it
     together = max(1, ahead // 2)
-    counts = chain([1], repeat(together))
-    made: deque[Future[list[tuple[Batch, Place]]]] = deque()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="batches ahead")
+
+    def in_turn(sample: int) -> Iterator[list[tuple[Batch, Place]]]:
+        for count in chain([1], repeat(together)):
+            starts = range(sample, sample + count * global_batch, global_batch)
+            yield [(make(start), order.place(start + global_batch)) for start in starts]
+            sample += count * global_batch
+
+    made = Ahead(in_turn(sample), max(1, ahead // together), "batches ahead")
     try:
         while True:
-            while len(made) < max(1, ahead // together):
-                count = next(counts)
-                made.append(thread.submit(make_some, sample, count))
-                sample += count * global_batch
-            some = made.popleft().result()
+            some = made.take()
             gather.warm()  # not before: it would hold the interpreter while the first batch is waited for
             yield from some
     finally:
         if not sys.is_finalizing():  # then the thread has ended, and the modules that these need are gone
-            thread.shutdown(cancel_futures=True)
+            made.stop()
             dataset.release()
 
 
