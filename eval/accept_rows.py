@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from eval.causal import CausalLM, load_tokenizer
+from eval.cautions import teacher_temperature
 from eval.config import AcceptConfig
 from eval.decoding import Decoding, restricted_log_probs
 from eval.prompts import Prompts, prefix_lengths
 from eval.referee import LogProbs, NoiseAt, prior
-from eval.study import teacher_temperature
 from eval.tables import digest
 from noise.storage import DatasetError
 from pipeline.generate import Choice
@@ -119,7 +119,7 @@ class Heldout:
                 f"{path} has tokens but no noise (extraction: none); give rows that were extracted with the teacher, or leave rows empty"
             )
         self.length, self.count, self.vocab_size = self._dataset.block_length, len(self._dataset), self._dataset.codec.vocab_size
-        self.temperature = teacher_temperature(self._dataset)
+        self.temperature = teacher_temperature(self._dataset.manifest.identity)
         self.request = {"rows": self._dataset.manifest.root_hash}
 
     def log_probs(self) -> LogProbs:

@@ -46,14 +46,18 @@ def _made_the_noise(judge: Identity, teacher: Identity | None, heldout: NoiseDat
 
 
 def _is_teacher_of(judge: Identity, dataset: Identity) -> bool:
-    recorded = dataset.get("teacher")
     weights = judge.get("weights", {})
     # one hash for all files, as noise.storage.weights_hash has it
     sha256 = next(iter(weights.values())) if len(weights) == 1 else sha256_text("".join(f"{name} {each}\n" for name, each in weights.items()))
-    return isinstance(recorded, dict) and recorded.get("weights_sha256") == sha256
+    return recorded_teacher(dataset).get("weights_sha256") == sha256
 
 
-def teacher_temperature(heldout: NoiseDataset) -> float:
+def recorded_teacher(dataset: Identity) -> dict[str, Any]:
+    """What a dataset's identity says of its teacher; nothing where it names none."""
+    teacher = dataset.get("teacher")
+    return teacher if isinstance(teacher, dict) else {}
+
+
+def teacher_temperature(dataset: Identity) -> float:
     """The temperature that the teacher's logits were divided by, from the dataset's identity; 1 where it names none."""
-    teacher = heldout.manifest.identity.get("teacher")
-    return float(teacher.get("temperature", 1.0)) if isinstance(teacher, dict) else 1.0
+    return float(recorded_teacher(dataset).get("temperature", 1.0))

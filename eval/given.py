@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eval.adaptive import Auxiliary
 from eval.causal import CausalLM
+from eval.cautions import recorded_teacher, teacher_temperature
 from eval.prompts import BLANK
 from eval.stream import NOISE_DRAW
 from noise import philox
@@ -48,11 +49,11 @@ class GivenTeacher:
             raise ValueError(
                 f"{about} it has a vocabulary of {self._teacher.vocab_size}, the student of {student.vocab_size}; give the teacher of its dataset"
             )
-        recorded = student.provenance.get("identity", {}).get("teacher") or {}
-        expected, found = recorded.get("weights_sha256"), weights_hash(Path(name)) if Path(name).is_dir() else None
+        dataset = student.provenance.get("identity", {})
+        expected, found = recorded_teacher(dataset).get("weights_sha256"), weights_hash(Path(name)) if Path(name).is_dir() else None
         if expected and found and found != expected:
             raise ValueError(f"{about} its weights have sha256 {found}, those of the teacher of the student's dataset {expected}; give that one")
-        self._temperature = float(recorded.get("temperature", 1.0))
+        self._temperature = teacher_temperature(dataset)
         self.identity = {**self._teacher.identity, "temperature": self._temperature}
 
     def __call__(self, given_BL: Tensor, sequence_id_B: Tensor, seed: int) -> tuple[Tensor, Tensor] | None:

@@ -231,7 +231,7 @@ class Study:
     def teacher_samples(self) -> Array:
         """The teacher's own samples of the same noise, int32 [S, L]."""
         config, length = self.config, self.heldout.block_length
-        temperature = teacher_temperature(self.heldout)
+        temperature = teacher_temperature(self.heldout.manifest.identity)
         request = sample_request(self.teacher_identity, {"temperature": temperature}, config.seed, self.bos, length, config.sequences)
         path = tables.piece(self.folder / "samples", "teacher", request)
         self.progress.begin("the teacher's own samples")
