@@ -36,7 +36,7 @@ class TextStudent:
         if self.bos is None or not 0 <= self.bos < self._writer.vocab_size:
             raise ValueError(f"BOS is {self.bos}, not a token of the student's vocabulary of {self._writer.vocab_size}; set --bos")
         self._score, self.noisy = self._likelihood(config, draws, noise_temperature)
-        self.exact = self._score.exact
+        self.exact, self.about = self._score.exact, self._score.about
 
     def _likelihood(self, config: SampleConfig, draws: int, noise_temperature: float) -> tuple[CausalLikelihood | MaskedLikelihood, bool]:
         model = getattr(self._writer, "lm", None)

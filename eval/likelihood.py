@@ -1,21 +1,22 @@
 """log p of a continuation given what stands before it, under our students: exact where it can be had, else a bound by Monte Carlo.
 
-    ar                      exact: the sum of log p(x_t | x_<t)
-    bd3lm, blocks of one    exact: the same sum, from one forward
-    mdlm                    -log p(x | c) <= NELBO = E over n ~ U{1..M}, S of n positions [ M/n  sum over i in S of -log p(x_i | c, x outside S) ]
-    bd3lm                   the same in each block, given the clean blocks before it; the blocks' bounds add up
+    ar              exact: the sum of log p(x_t | x_<t)
+    bd3lm           exact: the sum over blocks of log p(block | the blocks before), each the mean over all orders in which its positions can be
+                    revealed, one at a time (`over_orders`). A block of B positions has 2^B - 1 masks; where `draws` are fewer, a bound as below in
+                    each block, and the blocks' bounds add up
+    mdlm            -log p(x | c) <= NELBO = E over n ~ U{1..M}, S of n positions [ M/n  sum over i in S of -log p(x_i | c, x outside S) ]
 
 M positions continue the context c, which is never masked. This NELBO is the continuous-time one of MDLM (E over t of 1/t sum over
 masked), with t integrated out given the number of masked positions: no smallest time, no variance from t. `draws` masks are taken; their n
 are a systematic sample of 1..M, so with M dividing draws each n has its exact share. The estimate is unbiased: its expectation is the
-NELBO, from which few draws may stray to either side.
+NELBO, from which few draws may stray to either side. Continuations differ in length, so an mdlm student gets the bound for all of them.
 
 A student with noise is given PRIOR noise, new in every draw and independent of the text: posterior noise knows the answer. Its
 likelihood is p(x|c) = E over g of p(x|c,g), and by Jensen -log p(x|c) <= E over g of NELBO(g): so the MEAN of the draws' bounds has a
 bound as its expectation, whatever the number of draws, and is what is returned. log of the mean of exp(-NELBO(g)) would be tighter, but exp
-of an estimate is biased upwards (E exp(-estimate) >= exp(-NELBO)), so that is no bound unless each term is exact: blocks of one, where
-sum over t of log mean over draws of p(x_t | x_<t, g_t) is returned (a token's distribution depends on its own g_t alone, so the expectation
-factorises; in expectation a bound, exact as draws grow).
+of an estimate is biased upwards (E exp(-estimate) >= exp(-NELBO)), so that is no bound unless each term is exact: over all orders, where
+sum over blocks b of log mean over draws of p(x_b | x before b, g_b) is returned (a block's distribution depends on its own g_b alone, so the
+expectation factorises; in expectation a bound, exact as draws grow).
 The consequence: a student pays for every bit of trust in its noise, since noise that knows nothing misleads it. So the figure understates what it
 writes (its argmax given its noise), and ranks students with noise below their twins without; compare like with like. Known tokens carry none,
 also for a student that reads it there (noise.known): theirs would be the teacher's, which is not at hand.
@@ -51,7 +52,7 @@ Scored = tuple[float, bool]
 class CausalLikelihood:
     """Exact log p under an `ar` student or any causal LM."""
 
-    exact = True
+    exact, about = True, "exact"
 
     def __init__(self, lm: CausalLM):
         self._lm = lm
@@ -67,7 +68,7 @@ class CausalLikelihood:
 
 
 class MaskedLikelihood:
-    """An unbiased estimate of a lower bound of log p under an mdlm or bd3lm student; exact for a bd3lm student without noise, at block size 1.
+    """log p under an mdlm or bd3lm student: exact over all orders where `draws` are enough for a block's masks, else an unbiased estimate of a bound.
 
     Greedy decoding is meant with one forward a block (the whole continuation for mdlm), under the first draw's noise.
     """
@@ -84,20 +85,26 @@ class MaskedLikelihood:
         self._student, self._temperature = student, noise_temperature
         self._block = getattr(student, "block_size", None) or student.block_length
         self._in_blocks, self._noisy = hasattr(student, "block_size"), noisy
-        self._alone = self._in_blocks and self._block == 1
-        self.exact = self._alone and not noisy
-        self._seeds = [step_seed(seed, draw) for draw in range(1 if self.exact else draws)]
+        self._all_orders = self._in_blocks and 2**self._block - 1 <= draws
+        self.exact = self._all_orders and not noisy
+        count = draws if not self._all_orders else draws // (2**self._block - 1) if noisy else 1
+        self._seeds = [step_seed(seed, draw) for draw in range(count)]
+        self.about = "exact" if self.exact else f"a lower bound, estimated from {count} draws of " + (
+            "prior noise" if self._all_orders else "masks" + (" and prior noise" if noisy else "")
+        )  # fmt: skip
 
     @torch.inference_mode()
     def __call__(self, ids: list[int], given: int) -> Scored:
         """Of ids[given:] after ids[:given], given >= 1; all within the student's block length."""
-        masked_KM, weight_KM = masks(self._seeds, sequence_id(ids[:given]), given, self._blocks(given, len(ids)))
-        draw_K = torch.arange(len(masked_KM))
-        if self._alone:
-            nll_KM, best_M = self.losses(ids, given, masked_KM, draw_K)
-            log_p = (torch.logsumexp(-nll_KM, 0) - math.log(len(nll_KM))).sum()
+        block_M, draws = self._blocks(given, len(ids)), len(self._seeds)
+        if self._all_orders:
+            masked_SM = every_mask(block_M)
+            count = len(masked_SM)
+            nll_RM, best_M = self.losses(ids, given, masked_SM.repeat(draws, 1), torch.arange(draws).repeat_interleave(count))
+            log_p = (torch.logsumexp(over_orders(nll_RM.view(draws, count, -1), block_M), 0) - math.log(draws)).sum()
         else:  # one more row, all masked, says what greedy decoding does
-            rows_KM, rows_K = F.pad(masked_KM, (0, 0, 1, 0), value=True), F.pad(draw_K, (1, 0))
+            masked_KM, weight_KM = masks(self._seeds, sequence_id(ids[:given]), given, block_M)
+            rows_KM, rows_K = F.pad(masked_KM, (0, 0, 1, 0), value=True), F.pad(torch.arange(draws), (1, 0))
             nll_KM, best_M = self.losses(ids, given, rows_KM, rows_K)
             log_p = -(weight_KM * nll_KM[1:]).sum(1).mean()
         return float(log_p), bool((best_M == torch.tensor(ids[given:])).all())
@@ -136,6 +143,35 @@ class MaskedLikelihood:
         seed_K = torch.tensor([_signed(seed) for seed in self._seeds], device=position_N.device)
         rows_N5 = philox.rows(seed_K[draw_N], torch.full_like(position_N, name), position_N, NOISE_DRAW)
         return tempered(philox.gumbel(rows_N5, self._student.vocab_size), self._student.noise.kind, self._temperature)
+
+
+def every_mask(block_M: Tensor) -> Tensor:
+    """Every mask of a block, of all blocks at once: bool [S, M], S = 2^B - 1 of the longest block's B positions.
+
+    block_M: int64 [M], ascending from 0. Row S - r masks the i-th position of each block where bit i of r is set, so the first row masks all.
+    """
+    bit_M = torch.arange(len(block_M)) - first_in_row(block_M)
+    subset_S = torch.arange(2 ** int(bit_M.max() + 1) - 1, 0, -1)
+    return (subset_S[:, None] >> bit_M) & 1 == 1
+
+
+def over_orders(nll_KSM: Tensor, block_M: Tensor) -> Tensor:
+    """log p of each block's tokens, revealed one at a time in an order that is drawn uniformly: float64 [K, C], from the losses under `every_mask`.
+
+    With f(S) the chance of the tokens at S, given all others: f(S) = mean over i in S of p(x_i | S masked) f(S without i), and f of nothing is 1.
+    That is the mean over all B! orders from 2^B - 1 masks. C blocks.
+    """
+    bit_M = torch.arange(len(block_M)) - first_in_row(block_M)
+    size_C = torch.bincount(block_M)
+    draws, count, _ = nll_KSM.shape
+    nll_KSCB = nll_KSM.new_zeros(draws, count, len(size_C), int(size_C.max()))
+    nll_KSCB[:, :, block_M, bit_M] = nll_KSM
+    log_f_KCS = nll_KSM.new_zeros(draws, len(size_C), count + 1)
+    for subset in range(1, count + 1):
+        bits = [bit for bit in range(nll_KSCB.shape[3]) if subset >> bit & 1]
+        terms = log_f_KCS[:, :, [subset - (1 << bit) for bit in bits]] - nll_KSCB[:, count - subset][:, :, bits]
+        log_f_KCS[:, :, subset] = torch.logsumexp(terms, 2) - math.log(len(bits))
+    return log_f_KCS[:, torch.arange(len(size_C)), 2**size_C - 1]
 
 
 def masks(seeds: list[int], name: int, given: int, block_M: Tensor) -> tuple[Tensor, Tensor]:

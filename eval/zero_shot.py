@@ -4,9 +4,10 @@
     python -m eval zero-shot --student STUDENT --output FOLDER                                  the standard list, where the hub is reachable
     python -m eval zero-shot --student STUDENT --output FOLDER --tasks mine --task_folder DIR   a task of your own: DIR/mine.yaml, in lm-eval's format
 
-A likelihood is exact for ar and for bd3lm in blocks of one, and else a bound by Monte Carlo, of as many draws as asked for; see likelihood for
-which bound it is. Posterior noise would leak the answer, so students with noise are given independent prior noise, and pay for
-what they believe of it: their figures understate them. What is written (generate_until) comes from the samplers of `sample`.
+A likelihood is exact for ar, and for bd3lm where `draws` are enough for all masks of a block (then all orders in which its tokens can be revealed are
+summed); else it is a bound by Monte Carlo, of as many draws as asked for; see likelihood for which bound it is. Posterior noise would leak the
+answer, so students with noise are given independent prior noise, and pay for what they believe of it: their figures understate them. What is
+written (generate_until) comes from the samplers of `sample`.
 Each answer is kept in the output folder as it is found, so the same command continues where it was stopped.
 """
 
@@ -47,7 +48,7 @@ class ZeroShotConfig:
     task_folder: str = ""
     """Folder of more tasks: YAML files in lm-eval's format."""
     draws: int = 32
-    """Masks, and noise, behind each bound. An exact likelihood takes one forward."""
+    """Masks, and noise, behind each bound. Blocks of B tokens have 2^B - 1 masks: from that many draws on a bd3lm student's likelihood is exact."""
     noise_temperature: float = 1.0
     """Multiplies the noise given to the student; near 0 it is silent, and the student is another one."""
     fewshot: int = -1
@@ -87,7 +88,7 @@ def zero_shot(config: ZeroShotConfig) -> None:
     student = TextStudent(writing, config.draws, config.noise_temperature)
     harness = _harness()
     drawn = {} if student.exact else {"draws": config.draws, "seed": str(config.seed), "noise_temperature": config.noise_temperature}
-    request = {"model": student.identity, "bos": student.bos, "longest": student.longest, **drawn}
+    request = {"model": student.identity, "bos": student.bos, "longest": student.longest, "likelihood": student.about, **drawn}
     settings = {**request, "fewshot": config.fewshot, "limit": config.limit, "nfe": config.nfe, "lm_eval": harness.version}
     path = _path(config, settings).with_suffix(".json")
     with Ledger(_path(config, request).with_suffix(".jsonl")) as ledger:
@@ -105,12 +106,9 @@ def zero_shot(config: ZeroShotConfig) -> None:
             raise DatasetError(
                 f"tasks {', '.join(config.names)} cannot be read ({error}); where the hub is out of reach, give --task_folder"
             ) from None
-    kind = (
-        "exact" if student.exact else f"a lower bound, estimated from {config.draws} draws of masks" + (" and prior noise" if student.noisy else "")
-    )
-    _save(path, {"settings": settings, "likelihood": kind, **{name: found[name] for name in ("results", "versions", "n-shot", "n-samples")}})
+    _save(path, {"settings": settings, "likelihood": student.about, **{name: found[name] for name in ("results", "versions", "n-shot", "n-samples")}})
     print(harness.make_table(found))
-    print(f"likelihood: {kind}\nresults: {path}")
+    print(f"likelihood: {student.about}\nresults: {path}")
     if student.noisy:
         print(UNDERSTATES)
 

@@ -18,7 +18,7 @@ from eval.answering import TextStudent, encode_pair
 from eval.causal import CausalLM
 from eval.config import SampleConfig
 from eval.ledger import Ledger
-from eval.likelihood import CausalLikelihood, MaskedLikelihood, masks, windows
+from eval.likelihood import CausalLikelihood, MaskedLikelihood, masks, sequence_id, windows
 from eval.zero_shot import ZeroShotConfig
 from tests.eval.harness import Request, put_in_place
 from tests.eval.world import LENGTH, VOCAB, write_heldout, write_student, write_tokenizer
@@ -104,17 +104,56 @@ def test_masks_are_uniform_in_number_and_then_in_place_and_weigh_what_they_leave
         assert stats.chisquare(counted, expected).pvalue > 1e-3
 
 
-def test_blocks_of_one_are_exact_and_longer_blocks_are_bounds_that_add_up() -> None:
+def test_blocks_are_exact_over_all_orders_and_else_bounds_that_add_up() -> None:
     alone = student("bd3lm", block_size=1)
-    score = MaskedLikelihood(alone, 50, 1)
+    score = MaskedLikelihood(alone, 1, 1)
     assert score.exact and sum(math.exp(score(ids, 2)[0]) for ids in words(3)) == pytest.approx(1, abs=1e-9)
     ids = [0, 2, 1, 0, 2]
     assert score(ids, 2)[0] == pytest.approx(sum(float(conditional(alone, ids[: at + 1], (at,))[0, ids[at]]) for at in (2, 3, 4)), abs=1e-9)
     paired = student("bd3lm", block_size=2)
     exact = nelbo(paired, ids[:4], (2, 3)) + nelbo(paired, ids, (4,))
-    many = torch.tensor([-MaskedLikelihood(paired, 1, seed)(ids, 2)[0] for seed in range(1, 61)], dtype=torch.float64)
+    many = torch.tensor([-MaskedLikelihood(paired, 2, seed)(ids, 2)[0] for seed in range(1, 61)], dtype=torch.float64)
+    assert not MaskedLikelihood(paired, 2, 1).exact and MaskedLikelihood(paired, 3, 1).exact
     assert abs(float(many.mean()) - exact) < 3 * float(many.std()) / len(many) ** 0.5
-    assert -MaskedLikelihood(paired, 400, 1)(ids, 2)[0] == pytest.approx(exact, abs=4 * float(many.std()) / 20)
+
+
+@pytest.mark.parametrize(("size", "given"), [(2, 1), (2, 2), (3, 1), (3, 2), (4, 3)])
+def test_all_orders_within_blocks_are_summed(size: int, given: int) -> None:
+    """Blocks that the context begins, whole ones, and one that the row's end cuts off."""
+    model, ids = student("bd3lm", block_size=size), [0, 2, 1, 0, 2, 1]
+    score = MaskedLikelihood(model, 2**size - 1, 1)
+    expected = 0.0
+    for start in range(0, 6, size):
+        stop = min(start + size, 6)
+        expected += math.log(all_orders(model, ids[:stop], tuple(range(max(start, given), stop)))) if stop > given else 0
+    assert score.exact and score(ids, given)[0] == pytest.approx(expected, abs=1e-9)
+    if given == 2:
+        assert sum(math.exp(score(word, 2)[0]) for word in words(3)) == pytest.approx(1, abs=1e-9)
+
+
+def test_all_orders_are_summed_given_noise_and_then_averaged_over_it() -> None:
+    """By enumeration: the block's noise is the same in every order of a draw, and blocks are averaged apart."""
+    model, ids = student("bd3lm", NOISE, block_size=2), [0, 2, 1, 0, 2]
+    score = MaskedLikelihood(model, 11, 1)
+    assert not score.exact and "3 draws of prior noise" in score.about
+    total = 0.0
+    for block in ((2, 3), (4,)):
+        chances = []
+        for draw in range(3):
+            position_N = torch.tensor(block)
+            g_NV = score._noise(torch.full_like(position_N, draw), position_N, sequence_id(ids[:2]))
+            found = 0.0
+            for order in itertools.permutations(range(len(block))):
+                log_p = 0.0
+                for k, place in enumerate(order):
+                    hidden = sorted(order[k:])
+                    row = torch.tensor([ids[: block[-1] + 1]])
+                    row[0, position_N[hidden]] = model.mask_id
+                    log_p += float(model.logits(row, g_NV[hidden]).log_softmax(-1)[hidden.index(place), ids[block[place]]])
+                found += math.exp(log_p) / math.factorial(len(block))
+            chances.append(found)
+        total += math.log(sum(chances) / 3)
+    assert score(ids, 2)[0] == pytest.approx(total, abs=1e-5)
 
 
 def test_greedy_is_said_of_the_one_continuation_that_greedy_decoding_writes() -> None:
@@ -132,8 +171,9 @@ def test_a_causal_student_is_exact(tmp_path: Path) -> None:
 
 def test_noise_students_see_noise_that_does_not_know_the_answer() -> None:
     """Probabilities of all answers sum to 1 where they are exact and to less where they are bounds; with posterior noise each would be near 1."""
-    alone = MaskedLikelihood(student("bd3lm", NOISE, block_size=1), 5, 1)
-    assert not alone.exact and sum(math.exp(alone(ids, 2)[0]) for ids in words(3)) == pytest.approx(1, abs=1e-5)
+    for size in (1, 2):
+        alone = MaskedLikelihood(student("bd3lm", NOISE, block_size=size), 15, 1)
+        assert not alone.exact and sum(math.exp(alone(ids, 2)[0]) for ids in words(3)) == pytest.approx(1, abs=1e-5)
     masked = MaskedLikelihood(student("mdlm", NOISE), 30, 1)
     assert 0 < sum(math.exp(masked(ids, 2)[0]) for ids in words(2)) < 1
 
@@ -228,7 +268,7 @@ def test_every_student_is_a_model_of_the_harness(
     out = capsys.readouterr().out
     found = json.loads(next((tmp_path / "zero-shot").glob("*.json")).read_text())
     assert 0 <= found["results"]["choice"]["acc,none"] <= 1 and found["results"]["rolling"]["word_perplexity,none"] > 1
-    assert ("understate it" in out) == (kind == "gumbel") and ("likelihood: exact" in out) == (kind == "ar")
+    assert ("understate it" in out) == (kind == "gumbel") and ("likelihood: exact" in out) == (kind in ("ar", "bd3lm"))
     kept = next((tmp_path / "zero-shot").glob("*.jsonl"))
     before = kept.read_bytes()
     assert main(arguments) == 0 and kept.read_bytes() == before and len(before.splitlines()) == 5 * 3 + 5 + 5
