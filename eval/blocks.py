@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from eval.decoding import Decoding, choose
-from eval.sampler import check_noise
+from eval.sampler import check_given, check_noise
 from eval.schedules import confidence_rank, fixed_rank, known_after, reveal_times
 from eval.stream import NOISE_DRAW, OUTPUT_DRAW, step_seed, stream_uniform
 from noise import philox
+from trainer.conditioning import KnownNoise
 from trainer.marginal import tempered
 
 
@@ -42,7 +43,7 @@ class BlockStudent(Protocol):
 
     def empty_cache(self) -> Any: ...
 
-    def logits(self, ids_BT: Tensor, g_NV: Tensor | None, length_B: Tensor | None, cache: Any) -> Tensor: ...
+    def logits(self, ids_BT: Tensor, g_NV: Tensor | None, length_B: Tensor | None, cache: Any, **known: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,19 @@ def sample_blocks(
     length_B: Tensor | None = None,
     eos: int | None = None,
     keep: int | None = None,
+    given: tuple[Tensor, Tensor] | None = None,
 ) -> Written:
     """Fill the masked positions of int64 [B, L]; given tokens stay, and may stand anywhere.
 
     g_MV: noise at all masked positions of ids_BL in row-major order, drawn from the stream's prior where it is not given.
-    length_B: valid positions, where rows are padded (with any token but the mask).
+    length_B: valid positions, where rows are padded (with any token but the mask). given: (where int64 [K], g float32 [K, V]), noise of given tokens
+    at flat positions b L + t, for a student that reads it.
     Raises ValueError for settings that would be ignored, and for rows that no window fits.
     """
     check_blocks(student, ids_BL, decoding, g_MV, keep)
+    check_given(student, given)
     size, length = student.block_size, ids_BL.shape[1]
-    rows = _Rows(student, ids_BL, sequence_id_B, seed, decoding, g_MV, length_B)
+    rows = _Rows(student, ids_BL, sequence_id_B, seed, decoding, g_MV, length_B, given)
     window = _Window(student, keep)
     for start in range(0, length, size):
         stop = min(start + size, length)
@@ -125,8 +129,10 @@ class _Rows:
         decoding: Decoding,
         g_MV: Tensor | None,
         length_B: Tensor | None,
+        given: tuple[Tensor, Tensor] | None,
     ):
-        self.student, self.seed, self.decoding, self.sequence_id_B, self._given_MV = student, seed, decoding, sequence_id_B, g_MV
+        self.student, self.seed, self.decoding, self.sequence_id_B, self._drawn_MV = student, seed, decoding, sequence_id_B, g_MV
+        self._given = given
         self.ids_BL, self.unknown_BL = ids_BL.clone(), ids_BL == student.mask_id
         self._number_BL = (self.unknown_BL.flatten().cumsum(0) - 1).view_as(ids_BL)
         position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
@@ -147,12 +153,30 @@ class _Rows:
         """Noise as the student is given it, [N, V]."""
         if self.student.noise.kind == "none":
             return None
-        if self._given_MV is not None:
-            g_NV = self._given_MV[self._number_BL[row_N, position_N]]
+        if self._drawn_MV is not None:
+            g_NV = self._drawn_MV[self._number_BL[row_N, position_N]]
         else:
             seed = step_seed(self.seed, step) if self.decoding.fresh_noise else None
             g_NV = philox.gumbel(self.stream(row_N, position_N, NOISE_DRAW, seed), self.student.vocab_size)
         return tempered(g_NV, self.student.noise.kind, self.decoding.noise_temperature)
+
+    def known(self, at_A: Tensor, first: int, start: int, stop: int) -> KnownNoise:
+        """Noise of the known tokens of rows at_A from position `start` on, in the window from `first` to `stop`.
+
+        Written tokens have the noise that they were written from. A window's first position has none: there BOS stands.
+        """
+        begin, size = max(start, first + 1), stop - first
+        written_AS = self.unknown_BL[at_A, begin:stop] & (self.ids_BL[at_A, begin:stop] != self.student.mask_id)
+        in_A_K, offset_K = written_AS.nonzero(as_tuple=True)
+        where_K, g_KV = in_A_K * size + begin - first + offset_K, self.noise(at_A[in_A_K], begin + offset_K, 0)
+        assert g_KV is not None
+        if self._given is not None:
+            number_B = torch.full_like(self.sequence_id_B, -1).index_copy(0, at_A, torch.arange(len(at_A), device=at_A.device))
+            row_K, position_K = self._given[0] // self.ids_BL.shape[1], self._given[0] % self.ids_BL.shape[1]
+            here_K = ((number_B[row_K] >= 0) & (begin <= position_K) & (position_K < stop)).nonzero()[:, 0]
+            where_K = torch.cat((where_K, number_B[row_K[here_K]] * size + position_K[here_K] - first))
+            g_KV = torch.cat((g_KV, self._given[1][here_K]))
+        return KnownNoise(where_K, g_KV)
 
     def end(self, at_A: Tensor, start: int, stop: int, eos: int) -> None:
         """End rows at their first EOS in this block that was written past all given tokens."""
@@ -186,7 +210,12 @@ class _Window:
         ids_AT = rows.ids_BL[self._rows_A, self._first : stop]
         ids_AT[:, 0] = rows.ids_BL[self._rows_A, 0]
         length_A = rows.length_B[self._rows_A] - self._first if rows.padded else None
-        return self._student.logits(ids_AT, g_NV, length_A, self._cache)
+        more: dict[str, Any] = {}
+        if self._student.noise.known:
+            assert self._rows_A is not None
+            # what the cache holds is not read again, but for the token before the block where the student predicts one position ahead (shift)
+            more["known"] = rows.known(self._rows_A, self._first, self._first + self._cache.filled - 1, stop)
+        return self._student.logits(ids_AT, g_NV, length_A, self._cache, **more)
 
 
 def _write(rows: _Rows, window: _Window, at_A: Tensor, start: int, stop: int) -> None:

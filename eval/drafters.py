@@ -7,7 +7,8 @@
               on another backbone that one is called, and guesses the first token itself
     ar        any small causal LM, token by token with a cache: classic speculative decoding
 
-Drafters whose logits were made with the noise guess their argmax; the others' logits are the referee's to choose from (referee).
+Drafters whose logits were made with the noise guess their argmax; the others' logits are the referee's to choose from (referee). One that reads the
+noise of known tokens (noise.known) is told that of all written ones; a prompt's carry none.
 Shapes: A rows, L positions, N masked positions (row-major), J places of a medusa student, V vocabulary.
 """
 
@@ -23,6 +24,7 @@ from eval.lockstep import Lockstep
 from eval.referee import Rule
 from eval.speculative import Drafter, Rows
 from noise.storage import DatasetError
+from trainer.conditioning import KnownNoise
 
 KINDS = ("mdlm", "bd3lm", "mtp", "medusa")
 
@@ -32,8 +34,6 @@ def drafter_of(student: Any, nfe: int, sight: int, teacher_sha256: str = "") -> 
     kind = student.config.kind
     if kind not in KINDS:
         raise DatasetError(f"a student of kind {kind} drafts nothing; give one of kind {', '.join(KINDS)}, or a causal LM")
-    if student.noise.known:
-        raise DatasetError("the student reads the noise of known tokens (noise.known), which drafts do not keep; give one that does not")
     if kind == "mdlm":
         return MaskedDrafter(student, nfe, sight)
     if kind == "bd3lm":
@@ -42,13 +42,14 @@ def drafter_of(student: Any, nfe: int, sight: int, teacher_sha256: str = "") -> 
 
 
 class _Alone:
-    """A drafter with one model and nothing kept between drafts."""
+    """A drafter with one model and nothing kept between drafts. `ahead`: masks that it sees after the known tokens, at most."""
 
     reads_hidden = False
 
-    def __init__(self, student: Any):
+    def __init__(self, student: Any, ahead: int):
         self.student, self.forwards = student, 0
         self.informed = bool(student.noise.informed)
+        self.span: int = student.block_length if student.noise.known else ahead
 
     def begin(self) -> None:
         self.forwards = 0
@@ -56,8 +57,11 @@ class _Alone:
     def keep(self, at_K: Tensor) -> None:
         pass
 
-    def fill(self, rows: Rows, shown_AL: Tensor, wanted_AL: Tensor, steps: int, rule: Rule, *more: Any) -> None:
-        """Guess the wanted masks of shown_AL from left to right, in so many forwards at most, into it and into the rows' drafts."""
+    def fill(self, rows: Rows, room_A: Tensor, shown_AL: Tensor, wanted_AL: Tensor, steps: int, rule: Rule, *more: Any, since: int = 0) -> None:
+        """Guess the wanted masks of shown_AL from left to right, in so many forwards at most, into it and into the rows' drafts.
+
+        room_A: tokens of the whole draft. more: what `logits` takes besides. since: from this position on the noise of known tokens is read.
+        """
         rank_AL = wanted_AL.long().cumsum(1) - 1
         count_A = wanted_AL.sum(1)
         steps = min(steps, int(count_A.max()))
@@ -65,21 +69,30 @@ class _Alone:
             at_N, position_N = (shown_AL == self.student.mask_id).nonzero(as_tuple=True)
             row_N = rows.row_A[at_N]
             g_NV = rule.given(row_N, position_N, self.student.noise.kind) if self.student.noise.kind != "none" else None
-            logits_NV = self.student.logits(shown_AL, g_NV, *more)
+            logits_NV = self.student.logits(shown_AL, g_NV, *more, **self._known(rows, shown_AL, rows.known_A + room_A, since, rule))
             self.forwards += 1
             now_N = wanted_AL[at_N, position_N] & (rank_AL[at_N, position_N] < -(-count_A * step // steps)[at_N])
             at_N, position_N = at_N[now_N], position_N[now_N]
             token_N = rule.guess(logits_NV[now_N], rows.row_A[at_N], position_N, self.informed)
             shown_AL[at_N, position_N] = rows.ids_AL[at_N, position_N] = token_N
 
+    def _known(self, rows: Rows, shown_AL: Tensor, end_A: Tensor, since: int, rule: Rule) -> dict[str, KnownNoise]:
+        """Noise of what is written, and of what this draft holds so far; nothing for a student that reads none."""
+        if not self.student.noise.known:
+            return {}
+        place_L = torch.arange(shown_AL.shape[1], device=shown_AL.device)
+        told_AL = (shown_AL != self.student.mask_id) & (place_L >= rows.given_A[:, None].clamp_min(since)) & (place_L < end_A[:, None])
+        at_K, position_K = told_AL.nonzero(as_tuple=True)
+        return {"known": KnownNoise(at_K * len(place_L) + position_K, rule.given(rows.row_A[at_K], position_K, self.student.noise.kind))}
+
 
 class MaskedDrafter(_Alone):
     """An mdlm student. `sight`: masks that it sees after the known tokens; 0: all to the row's end."""
 
     def __init__(self, student: Any, nfe: int, sight: int):
-        super().__init__(student)
+        self.most = sight or student.block_length
+        super().__init__(student, self.most)
         self._nfe, self._sight = nfe, sight
-        self.most = self.span = sight or student.block_length
 
     def draft(self, rows: Rows, room_A: Tensor, rule: Rule) -> Tensor:
         place_L = torch.arange(rows.ids_AL.shape[1], device=room_A.device)
@@ -88,7 +101,7 @@ class MaskedDrafter(_Alone):
         shown_AL = rows.ids_AL.where(place_L < known_A1, self.student.mask_id).masked_fill(place_L >= end_A[:, None], 0)[:, : int(end_A.max())]
         wanted_AL = ((place_L >= known_A1) & (place_L < known_A1 + room_A[:, None]))[:, : shown_AL.shape[1]]
         ragged = bool((end_A < shown_AL.shape[1]).any())
-        self.fill(rows, shown_AL, wanted_AL, self._nfe, rule, end_A if ragged else None)
+        self.fill(rows, room_A, shown_AL, wanted_AL, self._nfe, rule, end_A if ragged else None)
         return room_A
 
 
@@ -96,15 +109,16 @@ class MTPDrafter(_Alone):
     """An mtp student: the masks of its training, of which the first are drafted."""
 
     def __init__(self, student: Any):
-        super().__init__(student)
-        self.most = self.span = student.config.predict
+        self.most = student.config.predict
+        super().__init__(student, self.most)
 
     def draft(self, rows: Rows, room_A: Tensor, rule: Rule) -> Tensor:
         place_L = torch.arange(rows.ids_AL.shape[1], device=room_A.device)
         known_A1 = rows.known_A[:, None]
         end_A = torch.minimum(rows.known_A + self.most, rows.limit_A)
         shown_AL = rows.ids_AL.where(place_L < known_A1, self.student.mask_id).masked_fill(place_L >= end_A[:, None], 0)[:, : int(end_A.max())]
-        self.fill(rows, shown_AL, ((place_L >= known_A1) & (place_L < known_A1 + room_A[:, None]))[:, : shown_AL.shape[1]], 1, rule)
+        wanted_AL = ((place_L >= known_A1) & (place_L < known_A1 + room_A[:, None]))[:, : shown_AL.shape[1]]
+        self.fill(rows, room_A, shown_AL, wanted_AL, 1, rule)
         return room_A
 
 
@@ -112,9 +126,9 @@ class BlockDrafter(_Alone):
     """A bd3lm student: its cache holds the blocks before the earliest that some row has not finished; rows that are ahead are read there again."""
 
     def __init__(self, student: Any, nfe: int):
-        super().__init__(student)
+        super().__init__(student, student.block_size)
         self._nfe = nfe
-        self.most, self.span = student.block_length, student.block_size
+        self.most = student.block_length
 
     def begin(self) -> None:
         super().begin()
@@ -138,7 +152,7 @@ class BlockDrafter(_Alone):
             masked_AL = open_AL[:, :stop] & (place_L[:stop] >= start) & wanted_AL.any(1, keepdim=True)
             if bool(wanted_AL.any()):
                 shown_AL = rows.ids_AL[:, :stop].masked_fill(masked_AL, self.student.mask_id)
-                self.fill(rows, shown_AL, wanted_AL, self._nfe, rule, ragged, self._cache)
+                self.fill(rows, room_A, shown_AL, wanted_AL, self._nfe, rule, ragged, self._cache, since=self._cache.filled - 1)
         return room_A
 
 

@@ -101,8 +101,7 @@ def sample_counted(
     Raises ValueError for more function evaluations than unknown positions, and for settings that the student ignores.
     """
     _check(student, ids_BL, decoding, g_MV, auxiliary)
-    if given is not None and not student.noise.known:
-        raise ValueError("noise of given tokens is handed over, but the student reads none there (noise.known is false); drop it")
+    check_given(student, given)
     rows = _Rows(student, ids_BL, sequence_id_B, seed, decoding, g_MV, length_B, given)
     if auxiliary is not None:
         _adaptive(rows, auxiliary)
@@ -126,6 +125,12 @@ def _check(student: MaskedStudent, ids_BL: Tensor, decoding: Decoding, g_MV: Ten
         raise ValueError(f"the small causal LM has a vocabulary of {auxiliary.vocab_size}, the student of {student.vocab_size}; they must share one")
 
 
+def check_given(student: Any, given: tuple[Tensor, Tensor] | None) -> None:
+    """Raises ValueError for noise of given tokens that the student would not read."""
+    if given is not None and not student.noise.known:
+        raise ValueError("noise of given tokens is handed over, but the student reads none there (noise.known is false); drop it")
+
+
 def check_noise(student: Any, decoding: Decoding) -> None:
     """Raises ValueError for settings of the noise that this student cannot follow, before any forward."""
     if student.noise.kind == "none" and (decoding.noise_temperature != 1 or decoding.fresh_noise):
@@ -133,10 +138,9 @@ def check_noise(student: Any, decoding: Decoding) -> None:
             f"noise_temperature is {decoding.noise_temperature} and fresh_noise {decoding.fresh_noise}, but the student takes no noise "
             "(noise.kind: none); trace it by temperature"
         )
-    if student.noise.known and (decoding.fresh_noise or decoding.lookahead or decoding.recompute):
+    if student.noise.known and decoding.fresh_noise:
         raise ValueError(
-            f"fresh_noise is {decoding.fresh_noise}, lookahead {decoding.lookahead} and recompute {decoding.recompute}, but the student reads the "
-            "noise of known tokens (noise.known), so that all are read, with noise that is held; drop them"
+            "fresh_noise is set, but the student reads the noise of known tokens (noise.known), which is held through the steps; drop it"
         )
 
 

@@ -33,6 +33,8 @@ class Rows:
     """int64; past a row's known tokens it holds drafts, or anything"""
     known_A: Tensor
     """int64: tokens that stand, at least 1"""
+    given_A: Tensor
+    """int64: the first of them, which nobody wrote"""
     limit_A: Tensor
     """int64: tokens of the finished row"""
     row_A: Tensor
@@ -41,7 +43,7 @@ class Rows:
     """float32: the teacher's hidden state that chose the last known token; None before its first call, and where no drafter asks for it"""
 
     def keep(self, at_K: Tensor) -> None:
-        for name in ("ids_AL", "known_A", "limit_A", "row_A", "hidden_AH"):
+        for name in ("ids_AL", "known_A", "given_A", "limit_A", "row_A", "hidden_AH"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[at_K])
 
@@ -136,7 +138,7 @@ def _begin(given_BP: Tensor, given_B: Tensor, limit_B: Tensor, block: int) -> tu
     zeros_B = torch.zeros(count, dtype=torch.int64, device=device)
     offered_BK = torch.zeros(count, max(1, block), dtype=torch.int64, device=device)
     written = Written(ids_BL, zeros_B, zeros_B.clone(), offered_BK, torch.zeros_like(ids_BL), torch.zeros_like(ids_BL, dtype=torch.bool))
-    return Rows(ids_BL.clone(), given_B.clone(), limit_B.clone(), torch.arange(count, device=device)), written
+    return Rows(ids_BL.clone(), given_B.clone(), given_B.clone(), limit_B.clone(), torch.arange(count, device=device)), written
 
 
 def _settle(rows: Rows, written: Written, rule: Rule, count_A: Tensor, logits_AJV: Tensor, hidden: list[Tensor]) -> None:

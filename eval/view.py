@@ -48,13 +48,14 @@ class View:
     def logits(self, ids_BL: Tensor, moving_B: Tensor, g_NV: Tensor | None, known: KnownNoise | None = None) -> Tensor:
         """Logits [N, V] at the masked positions in view of the rows that move; a row that does not move never moves again.
 
-        known: of tokens of the rows that move, numbered among themselves; only where whole rows are read.
+        known: of tokens of the rows that move, numbered among themselves.
         """
         ids_AL, end_A, padded = ids_BL[moving_B], self.end(ids_BL)[moving_B], self._length_B is not None
         if self._lookahead:
             width = int(end_A.max())
             padded = bool((end_A < width).any())
             ids_AL = ids_AL[:, :width].masked_fill(torch.arange(width, device=ids_BL.device) >= end_A[:, None], 0)
+            known = None if known is None else known.cut(ids_BL.shape[1], end_A)
         more: dict[str, Any] = {"length_B": end_A} if padded else {}
         more |= {} if known is None else {"known": known}
         if not self._recompute:

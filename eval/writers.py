@@ -81,9 +81,7 @@ class MaskedWriter:
                 f"sampler is {config.sampler} and auxiliary {config.auxiliary!r}; adaptive needs a small causal LM, the others take none"
             )
         self.auxiliary = CausalLM(config.auxiliary, self.device) if config.auxiliary else None
-        if config.given_teacher and not config.prompts:
-            raise ValueError(f"given_teacher is {config.given_teacher!r}, but nothing is given: prompts is empty; give prompts, or drop it")
-        self.given_teacher = GivenTeacher(config.given_teacher, self.student, self.device) if config.given_teacher else None
+        self.given_teacher = _given_teacher(config, self.student, self.device)
         self.vocab_size, self.longest, self.asked = self.student.vocab_size, self.student.block_length, nfe
         self.label = config.sampler + (f"-nfe{nfe}" if nfe else "")
         self.identity = folder_identity(Path(config.student))
@@ -121,11 +119,9 @@ class BlockWriter:
     def __init__(self, config: SampleConfig):
         self.device, self.seed, self.padded = device_of(config.device), config.seed, False
         self.student = _load(config.student, self.device)
-        if config.auxiliary or config.given_teacher:
-            raise ValueError(
-                f"auxiliary is {config.auxiliary!r} and given_teacher {config.given_teacher!r}, but a bd3lm student is sampled within blocks, "
-                "without a small model, and reads no noise at known tokens; drop them"
-            )
+        if config.auxiliary:
+            raise ValueError(f"auxiliary is {config.auxiliary!r}, but a bd3lm student is sampled within blocks, without a small model; drop it")
+        self.given_teacher = _given_teacher(config, self.student, self.device)
         nfe = config.nfe or (self.student.block_size if config.sampler in ("even", "ancestral") else 0)
         self.decoding = _decoding(config, self.student, nfe)
         if config.eos >= self.student.vocab_size:
@@ -139,7 +135,8 @@ class BlockWriter:
         self.tokenizer = _trained_tokenizer(self.student.provenance)
 
     def settings(self) -> dict[str, Any]:
-        return {**self.decoding.request(), "block_size": self.student.block_size, "eos": self.eos, "keep_blocks": self.keep}
+        others = {"given_teacher": self.given_teacher.identity} if self.given_teacher else {}
+        return {**self.decoding.request(), "block_size": self.student.block_size, "eos": self.eos, "keep_blocks": self.keep, **others}
 
     def prepare(self, prompts: Prompts) -> None:
         self.padded = prompts.padded
@@ -148,15 +145,17 @@ class BlockWriter:
         check_blocks(self.student, given_PL, self.decoding, None, self.keep)
 
     def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given_BL, sequence_id_B = given_BL.to(self.device), sequence_id_B.to(self.device)
         written = sample_blocks(
             self.student,
-            given_BL.masked_fill(given_BL == BLANK, self.student.mask_id).to(self.device),
-            sequence_id_B.to(self.device),
+            given_BL.masked_fill(given_BL == BLANK, self.student.mask_id),
+            sequence_id_B,
             self.seed,
             self.decoding,
             length_B=length_B.to(self.device) if self.padded else None,
             eos=self.eos,
             keep=self.keep,
+            given=self.given_teacher(given_BL, sequence_id_B, self.seed) if self.given_teacher else None,
         )
         return written.ids_BL, written.length_B, written.nfe_B
 
@@ -242,6 +241,12 @@ def _decoding(config: SampleConfig, student: Any, nfe: int) -> Decoding:
         nfe, config.temperature, config.noise_temperature, config.nucleus, resolve_output(config.choose, student), config.order,
         config.top_k, config.sampler, config.fresh_noise, config.student_weight, config.lookahead, config.recompute,
     )  # fmt: skip
+
+
+def _given_teacher(config: SampleConfig, student: Any, device: str) -> GivenTeacher | None:
+    if config.given_teacher and not config.prompts:
+        raise ValueError(f"given_teacher is {config.given_teacher!r}, but nothing is given: prompts is empty; give prompts, or drop it")
+    return GivenTeacher(config.given_teacher, student, device) if config.given_teacher else None
 
 
 def _trained_tokenizer(provenance: dict[str, Any]) -> str:

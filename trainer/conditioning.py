@@ -5,8 +5,8 @@
     drafts   after a named layer, softmax(logits + scale g) is re-embedded and added, so that a position sees what its
              neighbours are about to choose; each draft has its own small cross-entropy
     readout  scale g is added to the output logits: argmax then has the teacher's own form, argmax(log p + g)
-    known    a known token's noise, through the input's projection and a learned scale a channel, is added to its embedding. Token and noise
-             together say what the teacher may have thought of the tokens before: with them, argmax(log p + g) was this one
+    known    a known token's noise, through the input's projection and a learned scale a channel, is added to its embedding, wherever it is
+             shown. Token and noise together say what the teacher may have thought of the tokens before: with them, argmax(log p + g) was this one
 
 The scale of drafts and readout is softplus of a linear function of the hidden state: a position whose context is known
 trusts its noise, one whose context is still open does not. Without noise a draft is softmax(logits) alone.
@@ -37,6 +37,32 @@ class KnownNoise:
     """int64: flat places b L + t, each once"""
     g_KV: Tensor | Noise
     """Gumbel noise, made or unmade"""
+
+    def shown(self, shown_BM: Tensor, position_BM: Tensor, length: int) -> ShownNoise:
+        """At the slots that show a known token: bool [B, M], and the position of the row of `length` that each slot holds, int64 [B, M]."""
+        number_F = torch.full((len(shown_BM) * length,), -1, device=shown_BM.device)
+        number_F[self.where_K] = torch.arange(len(self.where_K), device=shown_BM.device)
+        number_BM = number_F.view(-1, length).gather(1, position_BM).masked_fill(~shown_BM, -1)
+        slot_P = (number_BM.flatten() >= 0).nonzero()[:, 0]
+        return ShownNoise(slot_P, number_BM.flatten()[slot_P], self.g_KV)
+
+    def cut(self, length: int, end_B: Tensor) -> KnownNoise:
+        """The same for rows that end before end_B int64 [B], of which the widest is as wide as what is left."""
+        row_K, position_K = self.where_K // length, self.where_K % length
+        at_K = (position_K < end_B[row_K]).nonzero()[:, 0]
+        assert isinstance(self.g_KV, Tensor)
+        return KnownNoise(row_K[at_K] * int(end_B.max()) + position_K[at_K], self.g_KV[at_K])
+
+
+@dataclass(frozen=True)
+class ShownNoise:
+    """Known tokens' noise at the slots of a student's input; a token that stands in several slots has it in each."""
+
+    slot_P: Tensor
+    """int64: flat slots b M + m, each once"""
+    of_P: Tensor
+    """int64: which of the noises stands there"""
+    g_KV: Tensor | Noise
 
 
 def check(noise: NoiseConfig, layers: int) -> None:
@@ -110,11 +136,11 @@ class NoiseInput(nn.Module):
         seen_NH = self.project(g_NV, embedding_VH)
         return seen_NH if self.config.input == "replace" else seen_NH + mask_H
 
-    def beside(self, known: KnownNoise, x_BMH: Tensor, embedding_VH: Tensor) -> Tensor:
+    def beside(self, known: ShownNoise, x_BMH: Tensor, embedding_VH: Tensor) -> Tensor:
         """Embeddings with what known tokens' noise adds to them, [B, M, H]."""
         assert self.known_scale is not None
         added_KH = self.known_scale * self.project(mapped(self.config, known.g_KV), embedding_VH)
-        return x_BMH.flatten(0, 1).index_add(0, known.where_K, added_KH.to(x_BMH.dtype)).view_as(x_BMH)
+        return x_BMH.flatten(0, 1).index_add(0, known.slot_P, added_KH.to(x_BMH.dtype)[known.of_P]).view_as(x_BMH)
 
     def project(self, g_NV: Tensor | Noise, embedding_VH: Tensor) -> Tensor:
         """[N, H]."""

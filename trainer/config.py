@@ -30,8 +30,8 @@ class NoiseConfig:
     draft_restart: bool = False
     """A draft starts the stream again: the known tokens' embeddings, the draft's at the masked positions, and a learned share of what was there."""
     known: bool = False
-    """mdlm: known tokens carry noise too. In training all of them, that of the dataset; in sampling those that are written, the noise that wrote
-    them, and those that are given none, or their posterior noise where the teacher is named."""
+    """mdlm, bd3lm, mtp: known tokens carry noise too. In training all of them, that of the dataset; in sampling those that are written, the noise
+    that wrote them, and those that are given none, or their posterior noise where the teacher is named."""
     stream: bool = False
     """Make the noise again wherever a readout or draft reads it, chunk by chunk, in training: less memory, more time. The input does so always."""
     draft_weight: float = 0.1
@@ -136,8 +136,8 @@ class StudentConfig:
         for name, kinds in (readers | {"medusa": "medusa", "clip": "mdlm or bd3lm"}).items():
             if self.kind not in kinds.split(" or ") and getattr(self, name) != usual[name]:
                 raise ValueError(f"student.{name} is {getattr(self, name)}, which only student.kind {kinds} reads (kind is {self.kind}); drop it")
-        if self.noise.known and self.kind != "mdlm":
-            raise ValueError(f"student.noise.known is set, which only student.kind mdlm reads (kind is {self.kind}); drop it")
+        if self.noise.known and self.kind not in ("mdlm", "bd3lm", "mtp"):
+            raise ValueError(f"student.noise.known is set, which only student.kind mdlm, bd3lm or mtp reads (kind is {self.kind}); drop it")
 
 
 @dataclass

@@ -106,6 +106,12 @@ def positions(config: StudentConfig, block_length: int) -> tuple[int, float, int
     return block_length, valid / 2, valid
 
 
+def known_positions(config: StudentConfig, block_length: int, predicted: float) -> float:
+    """Positions of a row whose noise stands beside the token, on average: all that bd3lm has in its clean half, else those that are not predicted."""
+    valid = block_length - 1
+    return (valid if config.kind == "bd3lm" else valid - predicted) if config.noise.known else 0
+
+
 @dataclass(frozen=True)
 class Cost:
     """What follows from the student alone, however many GPUs there are."""
@@ -168,7 +174,7 @@ def _of_student(student: StudentConfig, vocab_size: int, block_length: int, micr
     parts = {"bfloat16 copies": memory.copies(student, vocab_size, trained)} if bfloat16 else {}
     parts |= {name: micro * size for name, size in memory.kept(student, vocab_size, slots, most, bfloat16).items()}
     parts |= memory.passing(student, vocab_size, micro * most, bfloat16)
-    return Cost(trained, flops.training(student, vocab_size, slots, predicted), 0.0, parts)
+    return Cost(trained, flops.training(student, vocab_size, slots, predicted, known_positions(student, block_length, predicted)), 0.0, parts)
 
 
 def _of_heads(student: StudentConfig, backbone: Skeleton, vocab_size: int, block_length: int, micro: int, bfloat16: bool) -> Cost:

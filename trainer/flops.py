@@ -17,19 +17,19 @@ from trainer.backbone import mlp_width
 from trainer.config import NoiseConfig, StudentConfig
 
 
-def forward(config: StudentConfig, vocab_size: int, slots: int, predicted: float) -> float:
-    """Of one row, of which `predicted` positions get logits."""
+def forward(config: StudentConfig, vocab_size: int, slots: int, predicted: float, known: float = 0) -> float:
+    """Of one row, of which `predicted` positions get logits; at `known` others noise stands beside the token."""
     hidden = config.hidden
     layer = 2 * (4 * hidden**2 + mlp_weights(config)) + 4 * slots * hidden
-    known = (slots - predicted) * input_flops(config.noise, hidden, vocab_size) if config.noise.known else 0
-    return config.layers * slots * layer + known + predicted * (2 * hidden * vocab_size + noise_flops(config.noise, hidden, vocab_size))
+    beside = known * input_flops(config.noise, hidden, vocab_size)
+    return config.layers * slots * layer + beside + predicted * (2 * hidden * vocab_size + noise_flops(config.noise, hidden, vocab_size))
 
 
-def training(config: StudentConfig, vocab_size: int, slots: int, predicted: float) -> float:
+def training(config: StudentConfig, vocab_size: int, slots: int, predicted: float, known: float = 0) -> float:
     """Of one row's forward and backward."""
     noise = config.noise
     without = 2 * vocab_size * (noise.rank or config.hidden) if noise.input != "none" else 0
-    return 3 * forward(config, vocab_size, slots, predicted) - (slots if noise.known else predicted) * without
+    return 3 * forward(config, vocab_size, slots, predicted, known) - (predicted + known) * without
 
 
 def mlp_weights(config: StudentConfig) -> int:

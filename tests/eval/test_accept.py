@@ -37,6 +37,7 @@ from trainer.students import build, save_student
 V, L, BLOCK, SEED, ROWS = 13, 11, 4, 5, 6
 INPUT = NoiseConfig(kind="gumbel", input="replace")
 EVERYTHING = NoiseConfig(kind="gumbel", input="add", prior="unigram", readout=True, drafts=[1, 2])
+KNOWN = NoiseConfig(kind="gumbel", input="replace", readout=True, known=True)
 NONE = NoiseConfig()
 GIVEN_B = torch.tensor([1, 3, 1, 2, 5, 1])
 LIMIT_B = torch.tensor([11, 11, 7, 9, 11, 2])
@@ -134,8 +135,12 @@ def drafted(teacher: CausalLM, drafter: Drafter, decoding: Decoding = PLAIN, row
     return speculate(teacher, drafter, rule, GIVEN_BP[rows], GIVEN_B[rows], LIMIT_B[rows], BLOCK)
 
 
-@pytest.mark.parametrize("noise", [NONE, EVERYTHING], ids=["none", "everything"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "noise"),
+    [(name, noise) for name in NAMES for noise in (NONE, EVERYTHING)]
+    + [(name, KNOWN) for name in NAMES if name.startswith(("mdlm", "bd3lm", "mtp"))],
+    ids=lambda value: value if isinstance(value, str) else "known" if value.known else value.kind,
+)
 def test_the_text_is_what_the_teacher_writes_token_by_token_whoever_drafts(folder: Path, name: str, noise: NoiseConfig) -> None:
     teacher = CausalLM(str(folder / "teacher"), dtype="float64")
     drafter, decoding = make(folder, name, teacher, noise), Decoding(1, temperature=0.8, top_k=9)
@@ -146,6 +151,38 @@ def test_the_text_is_what_the_teacher_writes_token_by_token_whoever_drafts(folde
         assert torch.equal(alone.ids_BL[0], together.ids_BL[row, : alone.ids_BL.shape[1]])
         assert alone.calls_B[0] == together.calls_B[row] and torch.equal(alone.offered_BK[0], together.offered_BK[row])
         assert torch.equal(alone.head_BL[0], together.head_BL[row, : alone.head_BL.shape[1]])
+
+
+@pytest.mark.parametrize("name", ["mdlm", "mdlm in two forwards", "mdlm of short sight", "bd3lm", "bd3lm in two forwards", "mtp"])
+def test_a_drafter_that_reads_known_tokens_noise_is_told_that_of_written_ones(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the noise of its own position, whatever the batch; a prompt's tokens, BOS and what is not written yet have none."""
+    teacher, decoding = CausalLM(str(folder / "teacher"), dtype="float64"), Decoding(1, temperature=0.8)
+    drafter: Any = make(folder, name, teacher, KNOWN)
+    calls: list[tuple[torch.Tensor, Any]] = []
+    real = drafter.student.logits
+
+    def heard(ids_AL: torch.Tensor, g_NV: torch.Tensor, *more: Any, known: Any) -> torch.Tensor:
+        calls.append((ids_AL.clone(), known))
+        return real(ids_AL, g_NV, *more, known=known)
+
+    monkeypatch.setattr(drafter.student, "logits", heard)
+    drafter.span = drafter.student.block_length
+    for row in (0, 1, 4):
+        calls.clear()
+        alone = drafted(teacher, drafter, decoding, rows=slice(row, row + 1))
+        given, text_L = int(GIVEN_B[row]), alone.ids_BL[0]
+        assert torch.equal(text_L, sequential(teacher, decoding)[row, : len(text_L)])
+        g_LV = 0.8 * philox.gumbel(philox.rows(SEED, torch.tensor([row] * L), torch.arange(L), NOISE_DRAW), V)
+        for ids_1L, known in calls:
+            assert torch.equal(known.g_KV, g_LV[known.where_K]) and bool((ids_1L[0, known.where_K] != drafter.student.mask_id).all())
+            first_mask = int((ids_1L[0] == drafter.student.mask_id).int().argmax())
+            told = known.where_K.tolist()
+            assert all(place >= given for place in told) and told == list(range(told[0], first_mask)) if told else True
+        assert any(len(known.where_K) for _, known in calls)
+    drafter.student.input.known_scale.data.mul_(30)
+    heard_of = drafted(teacher, drafter, decoding).stands_BL
+    drafter.student.input.known_scale.data.zero_()
+    assert not torch.equal(heard_of, drafted(teacher, drafter, decoding).stands_BL)
 
 
 @pytest.mark.parametrize("wrong", [(), (4, 5), range(L)], ids=["a perfect drafter", "wrong twice", "always wrong"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from eval.stream import OUTPUT_DRAW, step_seed, stream_uniform
 from noise import philox
 from tests.eval.known import TableStudent, fits
 from tests.eval.world import write_tokenizer
+from trainer.conditioning import KnownNoise
 from trainer.config import NoiseConfig, StudentConfig
 from trainer.students import build, save_student
 
@@ -129,6 +131,7 @@ def test_every_block_is_written_whole_whatever_its_size_and_steps(nfe: int, size
     assert torch.equal(alone.ids_BL[0], found.ids_BL[-1]) and alone.nfe_B[0] == found.nfe_B[-1]
 
 
+KNOWN = NoiseConfig("gumbel", "replace", readout=True, known=True)
 EVERYTHING = NoiseConfig("gumbel", "add", readout=True, drafts=[1], draft_restart=True)
 
 
@@ -157,8 +160,14 @@ class Slow:
     def keep_rows(self, row_R: torch.Tensor) -> None:
         pass
 
-    def logits(self, ids_BT: torch.Tensor, g_NV: torch.Tensor | None, length_B: torch.Tensor | None, cache: Any) -> torch.Tensor:
-        return self._student.logits(ids_BT, None if g_NV is None else g_NV.double(), length_B)
+    filled = 0
+
+    def logits(self, ids_BT: torch.Tensor, g_NV: torch.Tensor | None, length_B: torch.Tensor | None, cache: Any, **known: Any) -> torch.Tensor:
+        return self._student.logits(ids_BT, None if g_NV is None else g_NV.double(), length_B, **doubled(known))
+
+
+def doubled(known: dict[str, KnownNoise]) -> dict[str, KnownNoise]:
+    return {name: replace(noise, g_KV=noise.g_KV.double()) for name, noise in known.items()}  # type: ignore[union-attr]
 
 
 class Doubled(Slow):
@@ -167,11 +176,13 @@ class Doubled(Slow):
     def empty_cache(self) -> Any:
         return self._student.empty_cache()
 
-    def logits(self, ids_BT: torch.Tensor, g_NV: torch.Tensor | None, length_B: torch.Tensor | None, cache: Any) -> torch.Tensor:
-        return self._student.logits(ids_BT, None if g_NV is None else g_NV.double(), length_B, cache)
+    def logits(self, ids_BT: torch.Tensor, g_NV: torch.Tensor | None, length_B: torch.Tensor | None, cache: Any, **known: Any) -> torch.Tensor:
+        return self._student.logits(ids_BT, None if g_NV is None else g_NV.double(), length_B, cache, **doubled(known))
 
 
-@pytest.mark.parametrize("noise", [NoiseConfig(), EVERYTHING, NoiseConfig("gaussian", "replace")], ids=lambda noise: noise.kind)
+@pytest.mark.parametrize(
+    "noise", [NoiseConfig(), EVERYTHING, NoiseConfig("gaussian", "replace"), KNOWN], ids=lambda noise: f"{noise.kind}-{noise.known}"
+)
 @pytest.mark.parametrize(("size", "shift"), [(1, False), (3, True), (4, False), (9, True)])
 def test_the_cache_changes_no_token_and_a_seed_names_a_text_at_any_batch_size(noise: NoiseConfig, size: int, shift: bool) -> None:
     student = student_of(size, 9, noise, shift)
@@ -181,9 +192,11 @@ def test_the_cache_changes_no_token_and_a_seed_names_a_text_at_any_batch_size(no
     def rows(of: Any, which: torch.Tensor, seed: int = 1) -> torch.Tensor:
         ids_BL = blank_rows(student, 5, 9, bos=0).masked_fill(torch.arange(9) >= length_B[:, None], 0)
         ids_BL[1, 4:6] = 2  # given, inside
-        return sample_blocks(of, ids_BL[which], which, seed, decoding, length_B=length_B[which]).ids_BL
+        at = {int(row): number for number, row in enumerate(which)}
+        given = (torch.tensor([at[1] * 9 + 4]), told_1V) if noise.known and 1 in at else None
+        return sample_blocks(of, ids_BL[which], which, seed, decoding, length_B=length_B[which], given=given).ids_BL
 
-    every = torch.arange(5)
+    every, told_1V = torch.arange(5), 5 * torch.randn(1, V, generator=torch.Generator().manual_seed(1))
     whole = rows(Slow(student), every)
     assert torch.equal(rows(Doubled(student), every), whole) and whole[1, 4:6].tolist() == [2, 2]
     assert torch.equal(rows(Doubled(student), torch.tensor([3, 1])), whole[[3, 1]])
@@ -210,6 +223,40 @@ def test_past_the_training_length_a_window_slides(shift: bool, keep: int | None)
     assert found.nfe_B.tolist() == [9, 9, 9]
     with pytest.raises(ValueError, match="no context to slide with"):
         sample_blocks(student_of(5, 8), blank_rows(student, 1, 9, 0), torch.arange(1), 1, Decoding(1))
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("length", [8, 17])
+def test_known_tokens_have_the_noise_that_wrote_them_also_where_a_window_slides(shift: bool, length: int) -> None:
+    """A naive loop without a cache: a written token with its own noise, a given one with what is told of it, BOS and what it replaces with none."""
+    student, which, decoding = (
+        student_of(2, 8, KNOWN, shift),
+        torch.arange(3),
+        Decoding(2, output="argmax", noise_temperature=0.7, order="left_to_right"),
+    )
+    student.input.known_scale.data.mul_(8)
+    start_BL = blank_rows(student, 3, length, bos=0)
+    start_BL[1, 3], start_BL[2, 5] = 4, 6
+    given = torch.tensor([length + 3]), 5 * torch.randn(1, V, generator=torch.Generator().manual_seed(1))  # of row 1; row 2's has none
+    found = sample_blocks(Doubled(student), start_BL, which, 4, decoding, given=given)
+    assert not torch.equal(found.ids_BL[1], sample_blocks(Doubled(student), start_BL, which, 4, decoding).ids_BL[1])
+    for row in range(3):
+        ids_L, first = start_BL[row].clone(), 0
+        g_LV = 0.7 * sampling_noise(4, torch.tensor([row]), torch.ones(1, length, dtype=torch.bool), V).double()
+        has_L = start_BL[row] == student.mask_id
+        if row == 1:
+            g_LV[3], has_L[3] = given[1][0].double(), True
+        for at in range(1, length):
+            if ids_L[at] != student.mask_id:
+                continue
+            stop = min(at // 2 * 2 + 2, length)
+            first = first if stop - first <= 8 else at // 2 * 2 - 4
+            window_1T = torch.cat((ids_L[:1], ids_L[first + 1 : stop]))[None]
+            place_K = ((window_1T[0] != student.mask_id) & (torch.arange(stop - first) > 0) & has_L[first:stop]).nonzero()[:, 0]
+            masked_N = (window_1T[0] == student.mask_id).nonzero()[:, 0]
+            logits_NV = student.logits(window_1T, g_LV[first + masked_N], known=KnownNoise(place_K, g_LV[first + place_K]))
+            ids_L[at] = logits_NV[0].argmax()
+        assert torch.equal(found.ids_BL[row], ids_L)
 
 
 def test_a_row_ends_at_the_first_eos_that_it_writes_after_its_given_tokens() -> None:

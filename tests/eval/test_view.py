@@ -21,6 +21,7 @@ NOISES = {
     "none": NoiseConfig(),
     "readout": NoiseConfig("gumbel", "replace", readout=True, drafts=[1]),
     "input": NoiseConfig("gumbel", "add"),
+    "known": NoiseConfig("gumbel", "replace", readout=True, known=True),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from trainer.chance import SMALLEST_TIME, Chance
 from trainer.conditioning import KnownNoise
 from trainer.config import NoiseConfig, StudentConfig
 from trainer.data import NoiseDataset
+from trainer.layout import layout
 from trainer.marginal import seen
 from trainer.students import build
+from trainer.students.masked import Masked
 from trainer.students.mdlm import MDLM
 
 V, L, H = 13, 8, 16
@@ -27,11 +30,9 @@ ALL = NoiseConfig("gumbel", "add", "tied", prior="unigram", readout=True, drafts
 OPTIONS = {"input": NoiseConfig("gumbel", "replace", known=True), "all": ALL, "low rank": replace(ALL, projection="low_rank", rank=3)}
 
 
-def student_of(noise: NoiseConfig, **more: object) -> MDLM:
+def student_of(noise: NoiseConfig, **more: object) -> Any:
     torch.manual_seed(0)
-    student = build(StudentConfig(layers=2, hidden=H, heads=2, noise=noise, **more), V, L)  # type: ignore[arg-type]
-    assert isinstance(student, MDLM)
-    return student
+    return build(StudentConfig(layers=2, hidden=H, heads=2, noise=noise, **more), V, L)  # type: ignore[arg-type]
 
 
 def scaled(noise: NoiseConfig) -> MDLM:
@@ -55,12 +56,12 @@ def test_a_known_tokens_noise_stands_beside_its_embedding_through_the_inputs_pro
     g_NV, h_KV, where_K = torch.randn(6, V), torch.randn(3, V), torch.tensor([1, 3 + L, 7 + 2 * L])
     given = student.logits(ids_BL, g_NV, known=KnownNoise(where_K, h_KV))
     table_VH = student.model.embed_tokens.weight
-    weight_VH = table_VH[:V] if student.input.projection is None else student.input.projection.weight.T  # type: ignore[union-attr]
+    weight_VH = table_VH[:V] if student.input.projection is None else student.input.projection.weight.T
     added_KH = h_KV.softmax(1) @ weight_VH
-    if student.input.widen is not None:  # type: ignore[union-attr]
-        added_KH = added_KH @ student.input.widen.weight.T  # type: ignore[union-attr]
+    if student.input.widen is not None:
+        added_KH = added_KH @ student.input.widen.weight.T
     moved_BLH = torch.zeros(3, L, H)
-    moved_BLH.view(-1, H)[where_K] = student.input.known_scale * added_KH  # type: ignore[union-attr]
+    moved_BLH.view(-1, H)[where_K] = student.input.known_scale * added_KH
     real = student.model.embed_tokens.forward
     student.model.embed_tokens.forward = lambda ids: real(ids) + moved_BLH  # type: ignore[method-assign]
     torch.testing.assert_close(given, student.logits(ids_BL, g_NV))
@@ -100,8 +101,9 @@ def test_training_gives_every_known_token_the_datasets_own_noise(batch: Batch, n
         twin = scaled(OPTIONS[name])
         image = KnownNoise(known.where_K, seen(g_KV, kind))
         table_VH = twin.model.embed_tokens.weight[:V]
-        x_BLH = torch.zeros(*ids_BL.shape, H)
-        torch.testing.assert_close(student.input.beside(known, x_BLH, table_VH), twin.input.beside(image, x_BLH, table_VH), rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+        x_BLH, place_BL = torch.zeros(*ids_BL.shape, H), position_L.expand_as(ids_BL)
+        ours, theirs = (of.input.beside(noise.shown(ids_BL != V, place_BL, L), x_BLH, table_VH) for of, noise in ((student, known), (twin, image)))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_control_and_the_probe_never_hear_the_rows_own_noise(batch: Batch) -> None:
@@ -112,7 +114,7 @@ def test_the_control_and_the_probe_never_hear_the_rows_own_noise(batch: Batch) -
     where_K = batch.valid_BL.flatten().nonzero()[:, 0]
     own = student._known(batch, Chance(3, 5, 64), batch.valid_BL, None)
     probe = student._known(batch, Chance(3, 5, 64), batch.valid_BL, other)
-    assert own is not None and probe is not None and torch.equal(own.where_K, where_K) and not torch.equal(own.g_KV.dense(), probe.g_KV.dense())  # type: ignore[union-attr]
+    assert own is not None and probe is not None and torch.equal(own.where_K, where_K) and not torch.equal(own.g_KV.dense(), probe.g_KV.dense())
 
 
 def test_the_probe_hears_another_rows_noise_alone(batch: Batch) -> None:
@@ -138,8 +140,76 @@ def test_every_weight_trains(batch: Batch) -> None:
 def test_it_is_refused_where_it_would_be_ignored() -> None:
     with pytest.raises(ValueError, match=r"known \(True\) would be ignored"):
         student_of(NoiseConfig("gumbel", readout=True, known=True))
-    with pytest.raises(ValueError, match=r"student.noise.known is set, which only student.kind mdlm reads \(kind is bd3lm\)"):
-        StudentConfig("bd3lm", block_size=4, noise=OPTIONS["input"])
+    with pytest.raises(ValueError, match=r"student.noise.known is set, which only student.kind mdlm, bd3lm or mtp reads \(kind is medusa\)"):
+        StudentConfig("medusa", noise=OPTIONS["input"])
+
+
+BLOCKS = [{"kind": "bd3lm", "block_size": 3}, {"kind": "bd3lm", "block_size": 4, "shift": True}, {"kind": "bd3lm", "block_size": 1}]
+
+
+def told(student: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, dict[tuple[int, int], torch.Tensor]]:
+    """(the input's tokens int64 [B, M], the noise beside each (row, slot) that has any) of one training forward."""
+    calls: list[Any] = []
+    real = Masked.through
+
+    def heard(self, ids_BM, where_N, g_NV, rotary, mask, cache=None, known=None):  # type: ignore[no-untyped-def]
+        calls.append((ids_BM, known))
+        return real(self, ids_BM, where_N, g_NV, rotary, mask, cache, known)
+
+    monkeypatch.setattr(Masked, "through", heard)
+    student(batch, Chance(3, 5, 64))
+    ((ids_BM, known),) = calls
+    g_KV = known.g_KV.dense()
+    return ids_BM, {divmod(int(slot), ids_BM.shape[1]): g_KV[of] for slot, of in zip(known.slot_P, known.of_P, strict=True)}
+
+
+@pytest.mark.parametrize("more", BLOCKS, ids=str)
+def test_a_block_student_is_told_of_a_token_wherever_it_stands(batch: Batch, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the noised half where it is not masked, in the clean half always, and where a block begins with the token before it."""
+    student = student_of(OPTIONS["input"], **more)
+    ids_BM, noise = told(student, batch, monkeypatch)
+    position_M = layout(L, more["block_size"], more.get("shift", False), torch.device("cpu")).position_M.tolist()
+    expected = {
+        (row, slot): position
+        for row in range(64)
+        for slot, position in enumerate(position_M)
+        if bool(batch.valid_BL[row, position]) and int(ids_BM[row, slot]) != V
+    }
+    assert noise.keys() == expected.keys()
+    g_NV = batch.noise_at(torch.tensor([row * L + position for (row, _), position in expected.items()]))
+    assert torch.equal(torch.stack([noise[place] for place in expected]), g_NV)
+
+
+@pytest.mark.parametrize("context", ["row", "drawn"])
+def test_a_student_of_several_tokens_is_told_of_those_that_it_does_not_predict(batch: Batch, context: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids_BL, noise = told(student_of(OPTIONS["input"], kind="mtp", predict=3, context=context), batch, monkeypatch)
+    expected = [tuple(place) for place in (batch.valid_BL & (ids_BL != V)).nonzero().tolist()]
+    assert sorted(noise) == expected and expected
+    g_NV = batch.noise_at(torch.tensor([row * L + position for row, position in expected]))
+    assert torch.equal(torch.stack([noise[place] for place in expected]), g_NV)
+
+
+@pytest.mark.parametrize("more", [*BLOCKS, {"kind": "mtp", "predict": 3}], ids=str)
+def test_they_do_not_hear_it_at_first_and_every_weight_trains(batch: Batch, more: dict[str, Any]) -> None:
+    student, twin = student_of(ALL, **more), student_of(replace(ALL, known=False), **more)
+    assert torch.equal(student(batch, Chance(3, 5, 64))[0], twin(batch, Chance(3, 5, 64))[0])
+    student(batch, Chance(3, 5, 64))[0].backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("more", [{"kind": "bd3lm", "block_size": 3}, {"kind": "mtp", "predict": 3}], ids=str)
+def test_a_token_knows_nothing_of_later_noise(batch: Batch, more: dict[str, Any]) -> None:
+    """Of the block's own noise, or that of the predicted tokens, and of noise before: the rest moves nothing."""
+    torch.manual_seed(5)
+    student = student_of(OPTIONS["input"], **more)
+    torch.nn.init.normal_(student.input.known_scale)
+    ids_1L = torch.randint(0, V, (1, L))
+    ids_1L[0, 3:6] = V
+    where_K, h_KV = torch.tensor([1, 2, 6, 7]), torch.randn(4, V)
+    before, after = (student.logits(ids_1L, torch.ones(3, V), known=KnownNoise(where_K[k], h_KV[k])) for k in (slice(0, 2), slice(0, 4)))
+    alone = student.logits(ids_1L, torch.ones(3, V))
+    torch.testing.assert_close(before, after)
+    assert not torch.allclose(before, alone, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -151,4 +221,4 @@ def test_its_flops_are_torchs_count(name: str) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         logits_NV, drafts = student.predict(ids_BL, torch.randn(6, V), known=known)
         (logits_NV.sum() + sum(draft_NV.sum() for draft_NV in drafts)).backward()
-    assert counter.get_total_flops() == 2 * flops.training(student.config, V, L, 3)
+    assert counter.get_total_flops() == 2 * flops.training(student.config, V, L, 3, 5)

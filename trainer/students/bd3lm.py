@@ -4,9 +4,10 @@ Every block has a mask rate of its own, and sees the clean blocks before it; all
 
     NELBO = sum over blocks of E_rate [ 1/rate  sum over masked positions of  -log softmax(logits)[x] ]
 
-Noise is given at the masked positions, so in the noised half alone. One block over the row is MDLM; blocks of one position
-are autoregressive, and at rate 1 (evaluation takes it) the bound is the exact likelihood. Training may clip the rates (`clip`);
-evaluation never does, so only its figure is a bound. The token at position 0 (BOS) is given, in the first block.
+Noise is given at the masked positions, so in the noised half alone; by option (`noise.known`) at known tokens too, in both.
+One block over the row is MDLM; blocks of one position are autoregressive, and at rate 1 (evaluation takes it) the bound is the
+exact likelihood. Training may clip the rates (`clip`); evaluation never does, so only its figure is a bound. The token at
+position 0 (BOS) is given, in the first block.
 Shapes as in the package; N masked positions, row-major; M slots of [x_t ; x_0] (`layout`); T positions so far; C blocks.
 """
 
@@ -20,6 +21,7 @@ from noise.decode import Noise
 from trainer import clip
 from trainer.attention import Cache
 from trainer.chance import SMALLEST_TIME, Chance
+from trainer.conditioning import KnownNoise
 from trainer.config import StudentConfig
 from trainer.data import Batch
 from trainer.layout import layout
@@ -44,23 +46,31 @@ class BD3LM(Masked):
             self.register_buffer("clip", torch.tensor(config.clip, dtype=torch.float64))
             self._moments: list[Tensor] = []
 
-    def logits(self, ids_BT: Tensor, g_NV: Tensor | None = None, length_B: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def logits(
+        self,
+        ids_BT: Tensor,
+        g_NV: Tensor | None = None,
+        length_B: Tensor | None = None,
+        cache: Cache | None = None,
+        known: KnownNoise | None = None,
+    ) -> Tensor:
         """float32 [N, V] where ids int64 [B, T] hold the mask id, in one block of each row, given their noise float32 [N, V].
 
+        known: noise of known tokens, at flat places b T + t; that of tokens which the cache holds is not read again.
         With a cache the masked positions are in the last block; blocks before it that the cache does not hold yet are added to it.
         Raises ValueError where a row has masked positions in several blocks: the earlier ones come first.
         """
         if cache is not None:
-            return self._continue(ids_BT, g_NV, length_B, cache)
+            return self._continue(ids_BT, g_NV, length_B, cache, known)
         self._check_one_block(ids_BT)
-        return self.predict(ids_BT, ids_BT, g_NV, length_B)[0]
+        return self.predict(ids_BT, ids_BT, g_NV, length_B, known)[0]
 
     def empty_cache(self) -> Cache:
         """A cache for rows of at most the student's block length."""
         return Cache(self.config.layers, self.block_length + self.shift)
 
     def predict(
-        self, noised_BL: Tensor, clean_BL: Tensor, g_NV: Tensor | Noise | None, length_B: Tensor | None = None
+        self, noised_BL: Tensor, clean_BL: Tensor, g_NV: Tensor | Noise | None, length_B: Tensor | None = None, known: KnownNoise | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Output logits [N, V] and each draft's, [N, V], of every block in one forward over [x_t ; x_0]."""
         device = noised_BL.device
@@ -68,7 +78,9 @@ class BD3LM(Masked):
         ids_BM = slots.fill(noised_BL, clean_BL)
         where_N = ((ids_BM == self.mask_id) & slots.from_noised_M).flatten().nonzero()[:, 0]
         cos_LD, sin_LD = self.model.rotary(noised_BL.shape[1])
-        return self.through(ids_BM, where_N, g_NV, (cos_LD[slots.position_M], sin_LD[slots.position_M]), slots.mask(length_B, self._flex(device)))
+        rotary = cos_LD[slots.position_M], sin_LD[slots.position_M]
+        shown = self._shown(known, ids_BM, slots.position_M, noised_BL.shape[1])
+        return self.through(ids_BM, where_N, g_NV, rotary, slots.mask(length_B, self._flex(device)), known=shown)
 
     def _flex(self, device: torch.device) -> bool:
         wanted = self.config.attention
@@ -83,7 +95,7 @@ class BD3LM(Masked):
         if bool((same & (block_N[1:] != block_N[:-1])).any()):
             raise ValueError("a row has masked positions in several blocks; fill the earlier blocks first (eval.blocks does)")
 
-    def _continue(self, ids_BT: Tensor, g_NV: Tensor | None, length_B: Tensor | None, cache: Cache) -> Tensor:
+    def _continue(self, ids_BT: Tensor, g_NV: Tensor | None, length_B: Tensor | None, cache: Cache, known: KnownNoise | None) -> Tensor:
         """The last block's logits, from the cached blocks and those since, which one forward adds to the cache on its way."""
         length, filled = ids_BT.shape[1], cache.filled
         start = (length - 1) // self.block_size * self.block_size
@@ -101,7 +113,8 @@ class BD3LM(Masked):
             within = (position_K < length_B[:, None])[:, None, None, :]
             mask = within if mask is None else mask & within
         cos_LD, sin_LD = self.model.rotary(length)
-        logits_NV, _ = self.through(ids_BQ, where_N, g_NV, (cos_LD[position_Q], sin_LD[position_Q]), mask, cache)
+        shown = self._shown(known, ids_BQ, position_Q, length)
+        logits_NV, _ = self.through(ids_BQ, where_N, g_NV, (cos_LD[position_Q], sin_LD[position_Q]), mask, cache, shown)
         cache.filled = start
         return logits_NV
 
@@ -117,6 +130,7 @@ class BD3LM(Masked):
             batch.input_ids_BL,
             self._noise(batch, chance, where_N, noise_of),
             batch.length_B if batch.padded else None,
+            self._known(batch, chance, batch.valid_BL, noise_of),
         )
         loss, terms = self.weighted(batch, where_N, (1.0 / rate_BL).flatten()[where_N], logits_NV, drafts)
         if self.config.clip_search and not self.training and noise_of is None:

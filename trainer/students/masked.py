@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from noise.decode import Noise
 from trainer import objectives
 from trainer.attention import Cache, Mask
-from trainer.conditioning import Draft, KnownNoise, NoiseInput, Readout, check, given
+from trainer.chance import Chance
+from trainer.conditioning import Draft, KnownNoise, NoiseInput, Readout, ShownNoise, check, given
 from trainer.config import StudentConfig
 from trainer.data import Batch
 from trainer.dit import transformer
@@ -51,7 +52,7 @@ class Masked(Base):
         rotary: tuple[Tensor, Tensor],
         mask: Mask | None,
         cache: Cache | None = None,
-        known: KnownNoise | None = None,
+        known: ShownNoise | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Output logits at the flat slots where_N and each draft's there, [N, V], given their Gumbel noise, made or unmade, and known tokens'.
 
@@ -84,6 +85,16 @@ class Masked(Base):
         if self.readout is not None:
             logits_NV = self.readout(logits_NV, at_NH, g_NV)
         return logits_NV, drafts
+
+    def _known(self, batch: Batch, chance: Chance, known_BL: Tensor, noise_of: Batch | None) -> KnownNoise | None:
+        """In training: the noise of the tokens at known_BL, bool [B, L]; None where it is not read."""
+        where_K = known_BL.flatten().nonzero()[:, 0]
+        g_KV = self._noise(batch, chance, where_K, noise_of) if self.noise.known else None
+        return None if g_KV is None else KnownNoise(where_K, g_KV)
+
+    def _shown(self, known: KnownNoise | None, ids_BM: Tensor, position_M: Tensor, length: int) -> ShownNoise | None:
+        """Known tokens' noise at the slots that hold these positions, int64 [M], and no mask."""
+        return None if known is None else known.shown(ids_BM != self.mask_id, position_M.expand_as(ids_BM), length)
 
     def weighted(self, batch: Batch, where_N: Tensor, weight_N: Tensor, logits_NV: Tensor, drafts: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over rows, nats, and the terms [N] of every figure; where_N: flat places b L + t in the batch."""

@@ -36,7 +36,15 @@ class MDLM(Masked):
         """For rows of at most the student's block length."""
         return RowCache(self.config.layers, self.block_length)
 
-    def logits_from(self, start_B: Tensor, ids_BL: Tensor, g_NV: Tensor | None, cache: RowCache, length_B: Tensor | None = None) -> Tensor:
+    def logits_from(
+        self,
+        start_B: Tensor,
+        ids_BL: Tensor,
+        g_NV: Tensor | None,
+        cache: RowCache,
+        length_B: Tensor | None = None,
+        known: KnownNoise | None = None,
+    ) -> Tensor:
         """`logits`, computed from position start_B of each row on, in front of all its masks; what stands before is in the cache.
 
         The cache is as the last call over these positions left it, so its tokens have not seen what was written since: approximate
@@ -50,7 +58,9 @@ class MDLM(Masked):
         where_N = (ids_BQ.flatten() == self.mask_id).nonzero()[:, 0]
         cos_LD, sin_LD = self.model.rotary(length)
         cache.place(position_BQ, length)
-        return self.through(ids_BQ, where_N, g_NV, (cos_LD[at_BQ][:, None], sin_LD[at_BQ][:, None]), self._within(ids_BL, length_B), cache)[0]
+        rotary = cos_LD[at_BQ][:, None], sin_LD[at_BQ][:, None]
+        shown = None if known is None else known.shown((ids_BQ != self.mask_id) & (position_BQ < length), at_BQ, length)
+        return self.through(ids_BQ, where_N, g_NV, rotary, self._within(ids_BL, length_B), cache, shown)[0]
 
     def predict(
         self, ids_BL: Tensor, g_NV: Tensor | Noise | None, length_B: Tensor | None = None, known: KnownNoise | None = None
@@ -58,7 +68,8 @@ class MDLM(Masked):
         """Output logits [N, V] and each draft's, [N, V], given Gumbel noise, made or unmade."""
         length = ids_BL.shape[1]
         where_N = (ids_BL.flatten() == self.mask_id).nonzero()[:, 0]
-        return self.through(ids_BL, where_N, g_NV, self.model.rotary(length), self._within(ids_BL, length_B), known=known)
+        shown = self._shown(known, ids_BL, torch.arange(length, device=ids_BL.device), length)
+        return self.through(ids_BL, where_N, g_NV, self.model.rotary(length), self._within(ids_BL, length_B), known=shown)
 
     def _within(self, ids_BL: Tensor, length_B: Tensor | None) -> Tensor | None:
         """Who may be seen, bool [B, 1, 1, L]; None where all may."""
@@ -83,8 +94,3 @@ class MDLM(Masked):
         weight_N = (1.0 / t_B)[where_N // batch.input_ids_BL.shape[1]]
         loss, terms = self.weighted(batch, where_N, weight_N, logits_NV, drafts)
         return loss, {name: term_N.sum() for name, term_N in terms.items()}
-
-    def _known(self, batch: Batch, chance: Chance, known_BL: Tensor, noise_of: Batch | None) -> KnownNoise | None:
-        where_K = known_BL.flatten().nonzero()[:, 0]
-        g_KV = self._noise(batch, chance, where_K, noise_of) if self.noise.known else None
-        return None if g_KV is None else KnownNoise(where_K, g_KV)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from noise.decode import Noise
 from trainer.chance import SMALLEST_TIME, Chance
+from trainer.conditioning import KnownNoise
 from trainer.config import StudentConfig
 from trainer.data import Batch
 from trainer.students.masked import Masked
@@ -34,18 +35,20 @@ class MTP(Masked):
         """Cross-entropy (nats) and top-1 accuracy of a predicted token, and the other losses."""
         return ["cross_entropy", *super().figure_names[1:], "top1"]
 
-    def logits(self, ids_BL: Tensor, g_NV: Tensor | None = None) -> Tensor:
-        """float32 [N, V] at the positions where ids int64 [B, L] hold the mask id, given their noise float32 [N, V].
+    def logits(self, ids_BL: Tensor, g_NV: Tensor | None = None, known: KnownNoise | None = None) -> Tensor:
+        """float32 [N, V] at the positions where ids int64 [B, L] hold the mask id, given their noise float32 [N, V], and that of known tokens.
 
         What stands before a row's first mask is its prefix; what stands after its last is not seen.
         """
-        return self.predict(ids_BL, g_NV)[0]
+        return self.predict(ids_BL, g_NV, known)[0]
 
-    def predict(self, ids_BL: Tensor, g_NV: Tensor | Noise | None) -> tuple[Tensor, list[Tensor]]:
+    def predict(self, ids_BL: Tensor, g_NV: Tensor | Noise | None, known: KnownNoise | None = None) -> tuple[Tensor, list[Tensor]]:
         """Output logits [N, V] and each draft's, [N, V], given Gumbel noise, made or unmade."""
         masked_BL = ids_BL == self.mask_id
         where_N = masked_BL.flatten().nonzero()[:, 0]
-        return self.through(ids_BL, where_N, g_NV, self.model.rotary(ids_BL.shape[1]), self._visible(masked_BL))
+        length = ids_BL.shape[1]
+        shown = self._shown(known, ids_BL, torch.arange(length, device=ids_BL.device), length)
+        return self.through(ids_BL, where_N, g_NV, self.model.rotary(length), self._visible(masked_BL), known=shown)
 
     def _visible(self, masked_BL: Tensor) -> Tensor:
         """bool [B, 1, query, key]. With `shift` the token before the first mask predicts it, so it sees the masks too."""
@@ -59,7 +62,11 @@ class MTP(Masked):
         """The loss summed over rows, nats, and figures (sums) to log. `noise_of`: as in the other students."""
         masked_BL = self._chosen(batch, chance)
         where_N = masked_BL.flatten().nonzero()[:, 0]
-        logits_NV, drafts = self.predict(batch.input_ids_BL.masked_fill(masked_BL, self.mask_id), self._noise(batch, chance, where_N, noise_of))
+        logits_NV, drafts = self.predict(
+            batch.input_ids_BL.masked_fill(masked_BL, self.mask_id),
+            self._noise(batch, chance, where_N, noise_of),
+            self._known(batch, chance, batch.valid_BL & ~masked_BL, noise_of),
+        )
         weight_B = batch.valid_BL.sum(1) / masked_BL.sum(1).clamp_min(1)
         weight_N = weight_B[where_N // masked_BL.shape[1]]
         loss, terms = self.weighted(batch, where_N, weight_N, logits_NV, drafts)
