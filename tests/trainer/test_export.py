@@ -10,13 +10,17 @@ import yaml
 
 from noise.identity import identity_hash
 from tests.trainer.chain import write_chain
+from tests.trainer.test_medusa import write_backbone
 from trainer.__main__ import main
-from trainer.config import NoiseConfig, StudentConfig
+from trainer.conditioning import KnownNoise
+from trainer.config import MedusaConfig, NoiseConfig, StudentConfig
 from trainer.export import export
+from trainer.marginal import seen
 from trainer.students import build, load_student, load_tensors, save_student
 
 V, L = 13, 8
-ALL = {"kind": "gumbel", "readout": True, "drafts": [1, 2]}
+READ = {"readout": True, "drafts": [1, 2]}
+ALL = {"kind": "gumbel", **READ}
 STUDENTS = {
     "plain": {},
     "noise": {"noise": NoiseConfig(kind="gumbel", input="replace", projection="own")},
@@ -40,19 +44,26 @@ def lines_of(folder) -> str:
     return code
 
 
-@pytest.mark.parametrize("name", STUDENTS)
-def test_the_cards_twenty_lines_compute_what_the_student_computes(tmp_path, monkeypatch, name):
+def exported(tmp_path, monkeypatch, config):
+    """A student with strong opinions, and what its card's lines define."""
     torch.manual_seed(1)
-    student = build(StudentConfig(**{"layers": 2, "hidden": 16, "heads": 2, **STUDENTS[name]}), V, L).eval()
-    for tensor in student.state_dict().values():
-        tensor.normal_(0, 0.3)
+    student = build(config, V, L).eval()
+    for name, tensor in student.own_state().items():
+        if name != "backbone_sha256":
+            tensor.normal_(0, 0.3)
     save_student(tmp_path / "student", student, student.own_state(), {}, {})
     export(tmp_path / "student", tmp_path / "exported")
     code = lines_of(tmp_path / "exported")
-    assert len(code.splitlines()) <= 20 and max(map(len, code.splitlines())) <= 200
+    assert len(code.splitlines()) <= 20 and max(map(len, code.splitlines())) <= 240
     monkeypatch.chdir(tmp_path / "exported")
     scope = {}
     exec(code, scope)
+    return student, scope
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_cards_twenty_lines_compute_what_the_student_computes(tmp_path, monkeypatch, name):
+    student, scope = exported(tmp_path, monkeypatch, StudentConfig(**{"layers": 2, "hidden": 16, "heads": 2, **STUDENTS[name]}))
     ids = torch.tensor([[0, 3, 5, 7, V, 2, V, V], [0, 12, 1, 1, 9, V, 4, V]])
     if name == "mtp":
         ids = torch.tensor([[0, 3, 5, 7, 1, V, V, V], [0, 12, 1, 1, 9, 4, V, V]])
@@ -66,14 +77,68 @@ def test_the_cards_twenty_lines_compute_what_the_student_computes(tmp_path, monk
     torch.testing.assert_close(theirs, ours, rtol=2e-4, atol=2e-4)
 
 
-def test_where_twenty_lines_are_not_enough_the_card_loads_the_tensors(tmp_path, monkeypatch):
-    student = build(StudentConfig(layers=1, hidden=16, heads=2, noise=NoiseConfig("gumbel", "replace", known=True)), V, L)
-    save_student(tmp_path / "student", student, student.own_state(), {}, {})
-    export(tmp_path / "student", tmp_path / "exported")
-    monkeypatch.chdir(tmp_path / "exported")
-    scope = {}
-    exec(lines_of(tmp_path / "exported"), scope)
-    assert "logits" not in scope and scope["tensors"].keys() == student.own_state().keys()
+KNOWN = {"known": True, "readout": True, "drafts": [1, 2]}
+LEADING = {
+    "blocks, shifted": {"kind": "bd3lm", "block_size": 4, "shift": True, "noise": NoiseConfig("gumbel", "replace", draft_restart=True, **READ)},
+    "known": {"noise": NoiseConfig("gumbel", "add", "low_rank", 4, "unigram", **KNOWN)},
+    "known, restart and shift": {"shift": True, "noise": NoiseConfig("gumbel", "replace", draft_restart=True, **KNOWN)},
+    "known, blocks": {"kind": "bd3lm", "block_size": 4, "noise": NoiseConfig("gumbel", "add", "tied", **KNOWN)},
+    "known, blocks, shifted": {
+        "kind": "bd3lm",
+        "block_size": 4,
+        "shift": True,
+        "noise": NoiseConfig("gumbel", "replace", draft_restart=True, **KNOWN),
+    },
+    "known, dit": {"backbone": "dit", "tied": False, "noise": NoiseConfig("gumbel", "replace", known=True)},
+    "known, mtp": {"kind": "mtp", "predict": 3, "noise": NoiseConfig("gumbel", "replace", draft_restart=True, **KNOWN)},
+}
+
+
+@pytest.mark.parametrize("name", LEADING)
+@pytest.mark.parametrize("first", [0, 1])
+def test_so_it_is_with_the_block_that_is_masked_and_with_noise_at_known_tokens(tmp_path, monkeypatch, name, first):
+    student, scope = exported(tmp_path, monkeypatch, StudentConfig(**{"layers": 2, "hidden": 16, "heads": 2, **LEADING[name]}))
+    ids = torch.tensor([[0, 3, 5, 7, V, 2, V, V], [0, 12, 1, 1, 9, V, V, V]])
+    if first == 0:
+        ids = torch.tensor([[0, 3, V, V], [0, V, 5, V]]) if name != "known, mtp" else torch.tensor([[0, V, V, V]])
+    g = -torch.empty(int((ids == V).sum()), V).exponential_().log()
+    if not student.noise.known:
+        torch.testing.assert_close(scope["logits"](ids, g), student.logits(ids, g), rtol=2e-4, atol=2e-4)
+        return
+    known = ((ids != V) & (torch.arange(ids.shape[1]) > 0)).flatten().nonzero()[1:, 0]  # one token has none
+    h = -torch.empty(len(known), V).exponential_().log()
+    ours = student.logits(ids, g, known=KnownNoise(known, h))
+    torch.testing.assert_close(scope["logits"](ids, g, known, h), ours, rtol=2e-4, atol=2e-4)
+    if len(known):
+        assert not torch.allclose(ours, student.logits(ids, g), rtol=1e-2)
+
+
+HEADS = {
+    "without noise": ({}, NoiseConfig()),
+    "own output layers": ({"lm_head": "own", "blocks": 2}, NoiseConfig("gumbel", "replace", "tied", prior="unigram")),
+    "input added": ({}, NoiseConfig("gumbel", "add", readout=True, drafts=[1])),
+    "drafts": ({"blocks": 2}, NoiseConfig("gumbel", drafts=[1, 2])),
+    "drafts without noise": ({}, NoiseConfig(drafts=[2])),
+    "everything": ({"lm_head": "own"}, NoiseConfig("uniform", "add", "low_rank", 4, readout=True, drafts=[1, 2, 3])),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", HEADS)
+def test_so_it_is_with_heads_on_a_backbone(tmp_path, monkeypatch, name, family):
+    from transformers import AutoModelForCausalLM
+
+    write_backbone(tmp_path / "backbone", family)
+    medusa, noise = HEADS[name]
+    config = StudentConfig("medusa", medusa=MedusaConfig(backbone=str(tmp_path / "backbone"), heads_count=3, **medusa), noise=noise)
+    student, scope = exported(tmp_path, monkeypatch, config)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
+    ids, g = torch.randint(0, V, (3, 5)), -torch.empty(3, 4, V).exponential_().log()
+    with torch.no_grad():
+        hidden = lm.base_model(ids).last_hidden_state[:, -1]
+    given = [] if noise.kind == "none" else [seen(g, noise.kind)]
+    theirs = scope["logits"](hidden, lm.get_output_embeddings(), lm.get_input_embeddings().weight, *given)
+    torch.testing.assert_close(theirs, student.propose(ids, g if given else None)[0], rtol=2e-4, atol=2e-4)
 
 
 @pytest.fixture(scope="module")
