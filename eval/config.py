@@ -216,6 +216,9 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.sequences < 0 or self.batch < 1:
             raise ValueError(f"sequences is {self.sequences} and batch {self.batch}; give at least 1 (sequences 0: 1024, or one for each prompt)")
+        for name in ("eos", "bos"):
+            if getattr(self, name) < -1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a token, or -1, which is the default")
 
 
 @dataclass

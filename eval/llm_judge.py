@@ -98,6 +98,8 @@ class LlmJudgeConfig:
         for name in ("key_variable", "parallel", "timeout", "attempts"):
             if not self.endpoint and getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a local model is sent no requests; drop it, or give --endpoint")
+        if self.endpoint and self.device != "auto":
+            raise ValueError(f"device is {self.device}, but endpoint {self.endpoint} computes elsewhere; drop one of them")
 
 
 def judge(config: LlmJudgeConfig) -> None:

@@ -56,18 +56,22 @@ class Plan:
 
         Raises DatasetError, by field, if the folder holds a plan of another identity.
         """
+        if self.is_news(where):
+            self.rewrite(where)
+
+    def is_news(self, where: Where) -> bool:
+        """Whether plan.json is not there yet as this plan has it. Raises DatasetError, by field, if the folder holds a plan of another identity."""
         folder = Folder.of(where)
-        if folder.exists("plan.json"):
-            standing = Plan.read(folder).identity
-            changed = differences(self.identity, standing)
-            if not changed:
-                return
-            if not grows_from(self.identity, standing):
-                lines = "\n  ".join(changed[:20] + [f"and {len(changed) - 20} more"] * (len(changed) > 20))
-                raise DatasetError(
-                    f"{folder} already holds a dataset of another identity:\n  {lines}\nchoose another output folder, or restore what changed"
-                )
-        self.rewrite(folder)
+        if not folder.exists("plan.json"):
+            return True
+        standing = Plan.read(folder).identity
+        changed = differences(self.identity, standing)
+        if changed and not grows_from(self.identity, standing):
+            lines = "\n  ".join(changed[:20] + [f"and {len(changed) - 20} more"] * (len(changed) > 20))
+            raise DatasetError(
+                f"{folder} already holds a dataset of another identity:\n  {lines}\nchoose another output folder, or restore what changed"
+            )
+        return bool(changed)
 
     def rewrite(self, where: Where) -> None:
         """Write plan.json whatever is there: for what is outside the identity."""

@@ -17,10 +17,16 @@ PLACES = ("tokenizer", "shards", "shards/00000")
 
 
 def claim(folder: Folder, plan: Plan) -> None:
-    """Write plan.json, or find it there. Raises DatasetError where the folder holds another dataset, or files that this one would replace."""
+    """Write plan.json, or find it there. Raises DatasetError as `check` does."""
+    check(folder, plan)
+    plan.write(folder)
+
+
+def check(folder: Folder, plan: Plan) -> None:
+    """Raises DatasetError where the folder holds another dataset, or files that this one would replace."""
     if not folder.exists("plan.json") and not _is_of(folder, plan):
         refuse_others(folder)
-    plan.write(folder)
+    plan.is_news(folder)
 
 
 def _is_of(folder: Folder, plan: Plan) -> bool:

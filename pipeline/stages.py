@@ -15,6 +15,7 @@ from noise.lineage import grows_from
 from noise.receipt import Receipt, listed
 from noise.storage import DatasetError
 from pipeline.card import write_card
+from pipeline.claim import check
 from pipeline.config import DamageError, GenerateRecipe, Recipe, Work, WorkError
 from pipeline.corpus import Corpus
 from pipeline.divide import ShardInput
@@ -69,6 +70,8 @@ def find_job(recipe: Recipe, grow: bool, write: bool = True) -> Job:
         standing, corpus, tokenizer = make_plan(recipe)
         if write:
             standing = write_plan(recipe, standing, tokenizer)
+        else:
+            check(folder, standing)
     if write and not is_finished(folder, standing):  # a finished dataset's manifest has the hash of its recipe
         copy_tokenizer(tokenizer.folder, folder, standing.identity)  # stopped after plan.json, it is not there yet
         save_recipe(recipe, folder)
@@ -105,7 +108,9 @@ def generate(recipe: GenerateRecipe, quarantine: bool = False, dry_run: bool = F
 
     standing, corpus, tokenizer = prompts.make_plan(recipe)
     folder = Folder.of(recipe.output)
-    if not dry_run:
+    if dry_run:
+        check(folder, standing)
+    else:
         standing = write_plan(recipe, standing, tokenizer)
         if not is_finished(folder, standing):
             save_recipe(recipe, folder)

@@ -354,3 +354,5 @@ def test_the_command_writes_blocks_to_any_length_with_prompts_and_an_end(tmp_pat
         sample_set(SampleConfig(**settings, auxiliary="judge"))
     with pytest.raises(ValueError, match="eos is 11, not a token of the student's vocabulary of 11"):
         sample_set(SampleConfig(**settings, eos=V))
+    with pytest.raises(ValueError, match="eos is -2; give a token, or -1"):
+        SampleConfig(**settings, eos=-2)

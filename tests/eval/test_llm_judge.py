@@ -282,6 +282,8 @@ def test_arrow_sets_are_decoded_and_a_local_model_judges_them(tmp_path: Path, ca
     for name, value in (("key_variable", "KEY"), ("parallel", "2"), ("timeout", "5.0"), ("attempts", "3")):
         assert main([*arguments, f"--{name}", value]) == 1
         assert f"{name} is {value}, but a local model is sent no requests" in capsys.readouterr().err
+    assert main([*arguments, "--endpoint", "http://127.0.0.1:1/v1"]) == 1
+    assert "device is cpu, but endpoint http://127.0.0.1:1/v1 computes elsewhere" in capsys.readouterr().err
     assert main(arguments) == 0
     found = json.loads((tmp_path / "out" / "judge.json").read_text())
     assert found["graded"]["one"]["unreadable"] == 3 and found["judge"]["local"]["weights"] and found["sequences"] == 3

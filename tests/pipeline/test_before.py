@@ -46,6 +46,17 @@ def test_a_dry_run_writes_nothing_and_its_estimate_is_close(world: World, capsys
     assert f"{shards} shards, {shards} of them committed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["plan", "extract"])
+def test_a_dry_run_is_refused_where_the_run_would_be(world: World, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = world.root / f"theirs-{command}"
+    (theirs / "shards").mkdir(parents=True)
+    (theirs / "shards" / "holiday.jpg").write_text("mine")
+    assert main([command, *world.options(output=theirs, noise__extraction="none"), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert "holiday.jpg would be replaced by a dataset's own" in error and error.count("\n") == 1
+    assert [path.name for path in theirs.rglob("*")] == ["shards", "holiday.jpg"]
+
+
 def test_a_dry_run_of_a_grown_corpus_leaves_the_plan_alone(world: World) -> None:
     dataset = world.root / "dry-grown"
     arguments = world.options(output=dataset, noise__extraction="none")
