@@ -10,7 +10,8 @@ The data flow of this room, one file each:
     sample_set   the settings of `sample` -> a set of rows, with the forwards that each took
     samples      a request -> one Arrow file of tokens, sampled once and never again
     speculative  a drafter's guesses, judged by one forward of the teacher -> exactly the teacher's samples in fewer of its calls
-    drafters     every student that can guess; referee: which guesses stand, with noise and without; lockstep: rows of different lengths on one cache
+    drafters     every student that can guess; drafting: one from a folder, for a causal LM; lockstep: rows of different lengths on one cache;
+                 referee: which guesses stand, with noise and without
     accept       drafters -> accepted tokens per teacher call, and time (accept_rows: what is written; accept_figures: what is made of it)
     judge        tokens -> negative log-likelihoods under a causal LM that is not the teacher; reread: rows in another model's own tokens
     metrics      tokens and likelihoods -> perplexity, entropy, distinct-n, with intervals; repetition: repeated n-grams, loops, lengths

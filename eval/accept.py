@@ -27,26 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval import samples, tables
+from eval import drafting, samples, tables
 from eval.accept_figures import figures
 from eval.accept_rows import Begun, Source, source_of
-from eval.causal import CausalLM, folder_identity, model_identity
+from eval.causal import CausalLM
 from eval.config import AcceptConfig
-from eval.drafters import CausalDrafter, drafter_of
 from eval.metrics import Array, bootstrap_weights
 from eval.progress import Progress
 from eval.referee import Held, Rejection, Rule, SharedNoise
 from eval.speculative import Drafter, Written, speculate
 from eval.study import device_of
 from noise import philox
-from noise.identity import differences
-from noise.storage import DatasetError, read_json, weights_hash, write_json
-from pipeline.config import Teacher as TeacherConfig
+from noise.storage import write_json
 from pipeline.generate import write
 from pipeline.replay import tolerance
-from pipeline.teacher import locate
-from pipeline.tokenizer import tokenizer_hash
-from trainer.students import load_student
 
 SHARED, REJECTION = "shared noise", "rejection"
 
@@ -65,19 +59,19 @@ class System:
 def build(config: AcceptConfig) -> dict[str, Any]:
     """accept.json. Raises DatasetError or ValueError, before the first forward, for models and rows that do not fit together."""
     device = device_of(config.device)
-    teacher = CausalLM(config.teacher, device, config.dtype)
-    students = {name: _load(name, teacher, device) for name in config.students}
-    systems = _systems(config, students)
-    longest = {name: student.max_length if isinstance(student, CausalLM) else student.block_length for name, student in students.items()}
+    teacher = CausalLM(config.teacher, device, config.dtype, packed=config.packed)
+    students = {name: drafting.load(name, teacher) for name in config.students}
+    systems = _systems(config, teacher, students)
+    longest = {name: drafting.longest(student) for name, student in students.items()}
     source = source_of(config, teacher, {**longest, teacher.name: teacher.max_length})
     sequences = config.sequences or (source.count if config.prompts else 64)
     if config.rows:
         sequences = min(sequences, source.count)
     request = {
         "format_version": samples.FORMAT_VERSION, "teacher": teacher.identity, "dtype": config.dtype, "rows": source.request,
-        "students": [model_identity(name) if not _about(name) else folder_identity(Path(name)) for name in config.students],
+        "students": [drafting.identity_of(name) for name in config.students],
         "block": config.block, "nfe": config.nfe, "sight": config.sight, "seed": str(config.seed), "sequences": sequences, "batch": config.batch,
-        "device": device,
+        "device": device, **({"packed": True} if config.packed else {}),
     }  # fmt: skip
     path = tables.piece(Path(config.output) / "accept", Path(config.teacher).name, request)
     run = Run(config, teacher, systems, source)
@@ -89,7 +83,9 @@ def build(config: AcceptConfig) -> dict[str, Any]:
     progress.close()
     labels = [(system.name, system.rule) for system in systems]
     report = figures(labels, columns, bootstrap_weights(sequences, config.replicates, config.seed), config.dtype, tolerance(config.dtype))
-    report["settings"] = {name: getattr(config, name) for name in ("teacher", "rows", "prompts", "block", "nfe", "sight", "dtype", "seed", "batch")}
+    report["settings"] = {
+        name: getattr(config, name) for name in ("teacher", "rows", "prompts", "block", "nfe", "sight", "dtype", "packed", "seed", "batch")
+    }
     report["settings"] |= {"length": source.length, "sequences": sequences}
     report["request"], report["samples"] = request, str(path)
     write_json(Path(config.output) / "accept.json", report)
@@ -189,43 +185,15 @@ class _Chosen:
         return self.rule.scores(logits_NV, torch.arange(len(rows_N5), device=rows_N5.device), position_N)
 
 
-def _about(name: str) -> dict[str, Any] | None:
-    """What a student's folder says of it; None for a causal LM."""
-    path = Path(name) / "student.json"
-    about = read_json(path) if path.exists() else None
-    return about if about and about.get("kind") != "ar" else None
-
-
-def _load(name: str, teacher: CausalLM, device: str) -> Any:
-    """A student, or a causal LM. Raises DatasetError, by field, where its vocabulary is not the teacher's."""
-    about = _about(name)
-    student: Any = load_student(Path(name), device) if about else CausalLM(name, device)
-    ours: dict[str, Any] = {"vocab_size": student.vocab_size}
-    theirs: dict[str, Any] = {"vocab_size": teacher.vocab_size}
-    tokenizer = (((about or {}).get("provenance") or {}).get("identity") or {}).get("tokenizer")
-    folder = Path(teacher.name) if Path(teacher.name).is_dir() else locate(TeacherConfig(model=teacher.name))[0]
-    if tokenizer and (folder / "tokenizer.json").exists():
-        ours["tokenizer.sha256"], theirs["tokenizer.sha256"] = tokenizer["sha256"], tokenizer_hash(folder)
-    if changed := differences(ours, theirs):
-        raise DatasetError(
-            f"{name} has another vocabulary than the teacher {teacher.name}: {'; '.join(changed)}; give a student of this teacher's tokens"
-        )
-    return student
-
-
-def _systems(config: AcceptConfig, students: dict[str, Any]) -> list[System]:
+def _systems(config: AcceptConfig, teacher: CausalLM, students: dict[str, Any]) -> list[System]:
     """Every student under the rules that suit it."""
     kinds = {name: "ar" if isinstance(student, CausalLM) else student.config.kind for name, student in students.items()}
     for setting, default, takers in (("nfe", 1, ("mdlm", "bd3lm")), ("sight", 0, ("mdlm",))):
         if getattr(config, setting) != default and not set(kinds.values()) & set(takers):
             raise ValueError(f"{setting} is {getattr(config, setting)}, which only students of kind {' and '.join(takers)} read; drop it")
-    folder = Path(config.teacher) if Path(config.teacher).is_dir() else locate(TeacherConfig(model=config.teacher))[0]
     systems = []
     for name, student in students.items():
-        if isinstance(student, CausalLM):
-            drafter: Drafter = CausalDrafter(student)
-        else:
-            drafter = drafter_of(student, config.nfe, config.sight, weights_hash(folder) if kinds[name] == "medusa" else "")
+        drafter = drafting.drafter_for(student, teacher, config.nfe, config.sight)
         noise = "none" if isinstance(student, CausalLM) else student.noise.kind
         rules = [SHARED] + ([REJECTION] if noise in ("none", "independent") and not config.rows else [])
         systems += [System(Path(name).name, rule, drafter, noise != "none") for rule in rules]

@@ -23,6 +23,7 @@ from noise import philox
 from noise.sketch import TeacherError
 from noise.storage import DatasetError, read_json, sha256_file
 from pipeline.generate import write
+from pipeline.packed import pack
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -61,9 +62,9 @@ def load_tokenizer(name: str) -> Any:
 
 
 class CausalLM:
-    """A causal LM in eval mode; `model` is it where it is loaded already. Raises DatasetError when it cannot be loaded."""
+    """A causal LM in eval mode; `model` is it where it is loaded already. Raises DatasetError when it cannot be loaded, or packed."""
 
-    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32", model: Any = None):
+    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32", model: Any = None, packed: bool = False):
         import transformers
 
         self.name, self.device = name, torch.device(device)
@@ -76,6 +77,8 @@ class CausalLM:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DatasetError(f"{name}: transformers cannot load a causal LM from it ({_first_line(error)})") from None
         self.model = model.to(device).eval()
+        if packed:
+            pack(self.model, "packed")
 
     @property
     def vocab_size(self) -> int:

@@ -179,6 +179,13 @@ class SampleConfig:
     recompute: int = 0
     """W of adaptive: a call reads a row from W - 1 positions before the tokens that it last wrote, 1: those alone; keys and values of what stands
     before are kept from earlier calls, which is approximate, since they have not seen what was written since. 0: read all, exactly."""
+    drafter: str = ""
+    """For a causal LM: a student that drafts (mdlm, bd3lm, mtp or medusa), or a smaller causal LM. The text is the one that the LM writes alone from
+    the same seed, in fewer of its calls; nfe is then the forwards of a draft, 0: one."""
+    block: int = 4
+    """Tokens of a draft, at most."""
+    packed: bool = False
+    """For a causal LM on CPUs, in float32: lay its weights out once for oneDNN, which makes it faster, and drafts cheap to judge."""
     prompts: str = ""
     """JSONL of prompts or texts with blanks; sequence i takes line i modulo their number. Perplexity counts given tokens too. Empty: BOS alone."""
     given_teacher: str = ""
@@ -295,6 +302,8 @@ class AcceptConfig:
     """Sample from that many of the teacher's most likely tokens; 0: from all."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """In which the teacher computes."""
+    packed: bool = False
+    """On CPUs, in float32: lay the teacher's weights out once for oneDNN. A forward over a draft then costs hardly more than one over a token."""
     seed: int = 1
     """Names the noise and the choices."""
     replicates: int = 1000

@@ -9,6 +9,7 @@
     python -m eval sample ... --prompts prompts.jsonl                                        prompts, or texts with blanks
     python -m eval sample --student TEACHER_OR_AR_STUDENT --output FOLDER                    a causal LM, with a KV cache
     python -m eval sample --student MEDUSA --output FOLDER                                   its backbone's same text, in fewer calls
+    python -m eval sample --student TEACHER --drafter STUDENT --batch 1 --packed true ...    a causal LM's same text, in fewer calls
 
 A line of a prompts file is {"text": "The old man"}, {"text": ["The old man ", 3, " the sea."]} with 3 blanks inside, or
 {"ids": [464, null, 5417], "length": 12}; given tokens stay as they are. The set is one Arrow file: sequence_id, input_ids,

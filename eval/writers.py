@@ -7,12 +7,14 @@ Shapes: B rows, L positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from eval import drafting
 from eval.blocks import check_blocks, sample_blocks
 from eval.causal import CausalLM, folder_identity, model_identity
 from eval.config import SampleConfig
@@ -22,7 +24,7 @@ from eval.given import GivenTeacher
 from eval.prompts import BLANK, Prompts, prefix_lengths
 from eval.referee import Held, SharedNoise, prior
 from eval.sampler import resolve_output, sample_counted
-from eval.speculative import speculate
+from eval.speculative import Drafter, speculate
 from eval.study import device_of, load_masked
 from noise.storage import DatasetError, read_json
 from trainer.students import load_student
@@ -59,13 +61,17 @@ def writer(config: SampleConfig) -> Writer:
     if about is None and not (folder / "config.json").exists() and folder.is_dir():
         raise DatasetError(f"{folder} is neither a student (student.json) nor a causal LM (config.json); train one with `python -m trainer`")
     kind = about.get("kind") if about else "ar"
-    if kind == "bd3lm":
+    if kind == "bd3lm" and not (config.drafter or config.packed):
         return BlockWriter(config)
     if config.eos >= 0 or config.keep_blocks:
         raise ValueError(f"eos is {config.eos} and keep_blocks {config.keep_blocks}, but {config.student} does not write in blocks; drop them")
-    if kind == "medusa":
-        return MedusaWriter(config)
-    return CausalWriter(config, about) if kind == "ar" else MaskedWriter(config)
+    if kind == "ar":
+        return DraftedWriter(config, about) if config.drafter else CausalWriter(config, about)
+    if config.drafter or config.packed or config.block != SampleConfig.block:
+        raise ValueError(
+            f"drafter is {config.drafter!r}, packed {config.packed} and block {config.block}, but {config.student} is no causal LM alone; drop them"
+        )
+    return MedusaWriter(config) if kind == "medusa" else MaskedWriter(config)
 
 
 class MaskedWriter:
@@ -165,7 +171,9 @@ class CausalWriter:
 
     def __init__(self, config: SampleConfig, about: dict[str, Any] | None):
         _refuse_masked_settings(config, "is a causal LM, which writes one token a forward")
-        self.lm, self.seed = CausalLM(config.student, device_of(config.device)), config.seed
+        if config.block != SampleConfig.block:
+            raise ValueError(f"block is {config.block}, but nobody drafts for {config.student}; drop it, or name a drafter")
+        self.lm, self.seed = CausalLM(config.student, device_of(config.device), packed=config.packed), config.seed
         output: Any = "sample" if config.choose == "auto" else config.choose
         self.decoding = Decoding(1, config.temperature, nucleus=config.nucleus, output=output, top_k=config.top_k)
         self.vocab_size, self.identity, self.asked, self.label = self.lm.vocab_size, model_identity(config.student), 0, "token-by-token"
@@ -185,28 +193,19 @@ class CausalWriter:
         return ids_BL.masked_fill(past_BL, 0), length_B, length_B - given_B
 
 
-class MedusaWriter:
-    """The backbone of a medusa student, which writes what it would write alone from the same seed; the heads draft, and NFE counts its calls.
+class _Drafted:
+    """A causal LM that writes what it would write alone from the same seed: a drafter guesses, and NFE counts the calls of the LM.
 
-    Equal to CausalWriter on the backbone token for token, but at near ties of float rounding (see speculative), where the student's backbone
-    is read in float32, as CausalWriter reads it.
+    Equal to CausalWriter token for token, but at near ties of float rounding (see speculative).
     """
 
-    def __init__(self, config: SampleConfig):
-        _refuse_masked_settings(config, "has heads on a causal LM, which fill no masks")
-        self.student, self.seed = _load(config.student, device_of(config.device)), config.seed
-        base = self.student.base
-        if config.choose == "argmax":
-            raise ValueError(
-                f"choose is argmax, but {config.student} writes samples of its backbone, argmax(log p + g); drop it, set top_k to 1, "
-                f"or take the backbone itself, {base.folder}"
-            )
-        self.lm = CausalLM(str(base.folder), device_of(config.device), model=base.model)
-        self.drafter = MedusaDrafter(self.student, True)
-        self.decoding = Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
-        self.vocab_size, self.longest, self.asked, self.label = self.lm.vocab_size, self.student.block_length, 0, "drafted-by-heads"
-        self.identity = folder_identity(Path(config.student))
-        self.tokenizer = _trained_tokenizer(self.student.provenance) or str(base.folder)
+    lm: CausalLM
+    drafter: Drafter
+    block: int
+    seed: int
+    decoding: Decoding
+    vocab_size: int
+    asked = 0
 
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self.decoding, name) for name in ("temperature", "nucleus", "top_k", "output")}
@@ -217,12 +216,60 @@ class MedusaWriter:
     def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given_BL, length_B, sequence_id_B = (part.to(self.lm.device) for part in (given_BL, length_B, sequence_id_B))
         given_B = prefix_lengths(Prompts(given_BL, length_B))
-        block = self.drafter.most
-        noise = Held(prior(self.seed, sequence_id_B, self.vocab_size), len(given_B), block + 1 + self.drafter.span, self.vocab_size, self.lm.device)
+        span = self.block + 1 + self.drafter.span
+        noise = Held(prior(self.seed, sequence_id_B, self.vocab_size), len(given_B), span, self.vocab_size, self.lm.device)
         rule = SharedNoise(lambda logits_NV: restricted_log_probs(logits_NV, self.decoding), noise, self.decoding.temperature)
-        written = speculate(self.lm, self.drafter, rule, given_BL.clamp_min(0), given_B, length_B, block)
+        written = speculate(self.lm, self.drafter, rule, given_BL.clamp_min(0), given_B, length_B, self.block)
         wide = given_BL.shape[1] - written.ids_BL.shape[1]
         return torch.nn.functional.pad(written.ids_BL, (0, wide)), length_B, written.calls_B
+
+
+class MedusaWriter(_Drafted):
+    """The backbone of a medusa student, for which its heads draft; read in the student's own dtype."""
+
+    def __init__(self, config: SampleConfig):
+        _refuse_masked_settings(config, "has heads on a causal LM, which fill no masks")
+        self.student, self.seed = _load(config.student, device_of(config.device)), config.seed
+        base = self.student.base
+        _refuse_argmax(config, f"take the backbone itself, {base.folder}")
+        self.lm = CausalLM(str(base.folder), device_of(config.device), model=base.model)
+        self.drafter = MedusaDrafter(self.student, True)
+        self.block, self.decoding = self.drafter.most, Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
+        self.vocab_size, self.longest, self.label = self.lm.vocab_size, self.student.block_length, "drafted-by-heads"
+        self.identity = folder_identity(Path(config.student))
+        self.tokenizer = _trained_tokenizer(self.student.provenance) or str(base.folder)
+
+
+class DraftedWriter(_Drafted):
+    """A causal LM or an `ar` student, for which another student drafts."""
+
+    def __init__(self, config: SampleConfig, about: dict[str, Any] | None):
+        _refuse_masked_settings(replace(config, nfe=0), "is a causal LM, which fills no masks")
+        _refuse_argmax(config, "drop drafter")
+        if config.block < 1:
+            raise ValueError(f"block is {config.block}; it must be at least 1")
+        self.lm, self.seed = CausalLM(config.student, device_of(config.device), packed=config.packed), config.seed
+        student = drafting.load(config.drafter, self.lm)
+        kind = "a causal LM" if isinstance(student, CausalLM) else student.config.kind
+        if config.nfe and kind not in ("mdlm", "bd3lm"):
+            raise ValueError(f"nfe is {config.nfe}, but the drafter {config.drafter} is {kind}, which takes what it takes; drop it")
+        self.drafter = drafting.drafter_for(student, self.lm, config.nfe or 1, 0)
+        self.block, self.decoding = config.block, Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
+        self._nfe, self._drafter = config.nfe or 1, drafting.identity_of(config.drafter)
+        own = about["block_length"] if about else self.lm.max_length or 2**24
+        self.vocab_size, self.longest = self.lm.vocab_size, min(own, drafting.longest(student) or own)
+        self.identity, self.label = model_identity(config.student), f"drafted-by-{Path(config.drafter).name}"
+        self.tokenizer = _trained_tokenizer(about["provenance"]) if about else config.student
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "drafter": self._drafter, "block": self.block, "nfe": self._nfe}
+
+
+def _refuse_argmax(config: SampleConfig, way_out: str) -> None:
+    if config.choose == "argmax":
+        raise ValueError(
+            f"choose is argmax, but what is drafted for {config.student} are its samples, argmax(log p + g); drop it, set top_k to 1, or {way_out}"
+        )
 
 
 def _refuse_masked_settings(config: SampleConfig, why: str) -> None:

@@ -11,7 +11,7 @@ The data flow of this room, one file each:
     divide      a corpus -> shards, in one pass, several files at a time
     tokenizer   trains one, or takes the teacher's own
     packing     documents of tokens -> blocks that begin with BOS
-    teacher     a Hugging Face causal LM -> log-probs in float32, a few positions at a time
+    teacher     a Hugging Face causal LM -> log-probs in float32, a few positions at a time; packed: its weights as a CPU likes them
     plan        what decides the numbers (identity), and which documents make which shard
     claim       plan.json goes first, where nobody's own files are in the way
     standing    a plan that is there already: found again by listing, extended by new files

@@ -70,7 +70,7 @@ def boundaries_hash(shards: list[ShardInput], first_file: int = 0) -> str:
 def numerics(teacher: config.Teacher) -> dict[str, Any]:
     """What decides bits on one machine beside the identity."""
     used = {"micro_batch": teacher.micro_batch, "attention": teacher.attention, "threads": teacher.threads}
-    return used | {name: value for name in ("compile", "device_map") if (value := getattr(teacher, name))}
+    return used | {name: value for name in ("compile", "packed", "device_map") if (value := getattr(teacher, name))}
 
 
 def _teacher(recipe: config.Recipe, tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, int]:

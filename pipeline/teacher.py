@@ -23,6 +23,7 @@ from noise.identity import differences
 from noise.storage import DatasetError, canonical_json, read_json, sha256_text, weights_hash
 from pipeline import config
 from pipeline.config import HUB_ID
+from pipeline.packed import pack
 
 CHUNK_ENTRIES = 2**21
 """Entries of one chunk of log-probs; a constant, since a matrix product's bits can depend on its shape."""
@@ -133,6 +134,8 @@ class Teacher:
             self.device = next(self._model.parameters()).device
         if recipe.compile:
             self._compile()
+        if recipe.packed:
+            pack(self._model, "teacher.packed")
         self._head = self._usable_head()
         self._apart = apart
         if apart is not None:

@@ -12,8 +12,9 @@ from eval import tables, writers
 from eval.__main__ import main, parse
 from eval.config import SampleConfig
 from eval.sample_set import SampleSet, sample_set
-from tests.eval.world import LENGTH, write_student, write_world
-from trainer.config import NoiseConfig
+from tests.eval.world import LENGTH, VOCAB, write_causal, write_student, write_world
+from trainer.config import NoiseConfig, StudentConfig
+from trainer.students import build, save_student
 
 KINDS = {
     "even": {"nfe": 3},
@@ -34,6 +35,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_world(tmp_path_factory.mktemp("world"))
     write_student(folder / "ar", kind="ar", seed=4)
     write_student(folder / "medusa", kind="medusa", seed=5, noise=NoiseConfig("gumbel", "add", readout=True), backbone=folder / "teacher")
+    write_causal(folder / "small", 9, vocab_size=13)
+    blocks = build(StudentConfig("bd3lm", layers=2, hidden=16, heads=2, block_size=3), VOCAB, LENGTH)
+    save_student(folder / "blocks", blocks, blocks.state_dict(), {}, {})
     lines = [{"text": "w5 w6"}, {"text": ["w7 ", 2, " w8"]}, {"ids": [9, None, None, 10], "length": LENGTH}, {"ids": [None] * 7}]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "prefixes.jsonl").write_text('{"text": "w5 w6"}\n{"text": "w7", "length": 5}')
@@ -106,6 +110,17 @@ def test_medusa_heads_write_their_backbones_own_samples_at_any_batch_size_in_no_
     assert equal(drafted, sample_set(config(world, tmp_path / "b", **settings, student="medusa", batch=7)))
 
 
+@pytest.mark.parametrize("drafter", ["plain", "gumbel", "blocks", "medusa", "judge", "ar"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.3, "packed": True}, {"nucleus": 0.8, "length": 6, "block": 2}])
+def test_a_causal_lm_writes_its_own_samples_whoever_drafts(world: Path, tmp_path: Path, drafter: str, settings: dict) -> None:
+    settings = {"length": LENGTH, **settings, "prompts": str(world / "prefixes.jsonl"), "sequences": 30, "student": "teacher"}
+    alone = sample_set(config(world, tmp_path, **{name: value for name, value in settings.items() if name != "block"}))
+    drafted = sample_set(config(world, tmp_path / "a", **settings, drafter=str(world / drafter)))
+    assert all(np.array_equal(drafted.columns[name], alone.columns[name]) for name in ("input_ids", "length"))
+    assert (drafted.columns["nfe"] <= alone.columns["nfe"]).all() and drafted.columns["nfe"].sum() < alone.columns["nfe"].sum()
+    assert equal(drafted, sample_set(config(world, tmp_path / "b", **settings, drafter=str(world / drafter), batch=7)))
+
+
 def test_a_shorter_length_is_a_shorter_row_and_bare_rows_are_a_thousand(world: Path, tmp_path: Path) -> None:
     assert sample_set(config(world, tmp_path, nfe=2, length=5)).columns["input_ids"].shape == (11, 5)
     assert sample_set(config(world, tmp_path, nfe=1, length=3, sequences=0)).columns["input_ids"].shape == (1024, 3)
@@ -164,6 +179,15 @@ def test_what_does_not_fit_is_one_clear_line(world: Path, tmp_path: Path, capsys
         ("ar", {"recompute": 4}, "recompute is 4, but"),
         ("medusa", {"nfe": 4}, "which fill no masks"),
         ("medusa", {"choose": "argmax"}, "or take the backbone itself, "),
+        ("teacher", {"choose": "argmax", "drafter": str(world / "plain")}, "set top_k to 1, or drop drafter"),
+        ("teacher", {"nfe": 2, "drafter": str(world / "medusa")}, "is medusa, which takes what it takes"),
+        ("teacher", {"block": 2}, "block is 2, but nobody drafts"),
+        ("teacher", {"block": 0, "drafter": str(world / "plain")}, "block is 0; it must be at least 1"),
+        ("teacher", {"order": "confidence", "drafter": str(world / "plain")}, "order is confidence, but"),
+        ("teacher", {"drafter": str(world / "small")}, "has another vocabulary than the teacher"),
+        ("plain", {"packed": "true"}, "is no causal LM alone"),
+        ("blocks", {"drafter": str(world / "plain")}, "is no causal LM alone"),
+        ("medusa", {"drafter": str(world / "plain")}, "is no causal LM alone"),
         ("ar", {"order": "confidence"}, "order is confidence, but"),
         ("ar", {"prompts": str(world / "prompts.jsonl")}, "tokens after its blanks"),
         ("heldout", {}, "is neither a student"),
