@@ -14,6 +14,7 @@
     reach      what an ideal reader knows from the last few noises, and what a student takes from them, for one_call
     one_call_table  its tables
     wide_teacher  python -m benchmarks.wide_teacher  a teacher of a small one's function at a large one's cost, for eval accept
+    packed     python -m benchmarks.packed    a forward of a causal LM on a CPU, its weights laid out once, and as torch has them
     loader     python -m benchmarks.loader    batches a second: ours, memory-mapped numpy, and other libraries' loaders on the same rows
     loaders    those readers, for loader
     scale      python -m benchmarks.scale     a second worker's help, and what a worker does beside its teacher

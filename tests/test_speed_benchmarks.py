@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decode, encode, machine
+from benchmarks import decode, encode, machine, packed
 from trainer.chance import Chance
 
 SMALL = ["--layers", "1", "--hidden", "16", "--heads", "2", "--micro_batch", "2", "--block_length", "12", "--rounds", "1", "--device", "cpu"]
@@ -56,6 +56,18 @@ def test_noise_that_is_made_and_noise_that_is_streamed_train_the_same_student() 
         student = kind(decode.StudentConfig(layers=1, hidden=16, heads=2, noise=decode.INPUT), 300, 12)
         losses.append(float(student(batch, Chance(1, 1, 2))[0].detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_packed_model_is_measured_beside_the_plain_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--layers", "1", "--hidden", "16", "--heads", "2", "--vocab_size", "300", "--rows", "1", "--length", "80", "--rounds", "3"]
+    assert packed.main([*shape, "--tokens", "[1,3]", "--output", str(tmp_path / "packed.json")]) == 0
+    found = json.loads((tmp_path / "packed.json").read_text())
+    assert set(found["packed_over_plain"]) == {"1 tokens", "3 tokens", "whole rows"} and set(found["over_the_first"]["packed"]) == {
+        "1 tokens",
+        "3 tokens",
+    }
+    assert found["over_the_first"]["plain"]["1 tokens"] == 1 and min(found["seconds"].values()) > 0
+    assert "whole rows" in capsys.readouterr().out
 
 
 def test_peak_memory_is_what_a_call_needs_beyond_what_was_there() -> None:
