@@ -60,7 +60,7 @@ GS: dict[str, Callable[[str], Any]] = {
 """Options of gs://; the limit is that of the client's own tries, in seconds."""
 OPTIONS = {"s3": S3, "gs": GS, "gcs": GS}
 S3_TIMEOUTS = {"request_timeout": 60.0, "connect_timeout": 10.0}
-GS_RETRY_SECONDS = 60.0
+GS_RETRY_SECONDS = 5.0
 ATTEMPTS = 6
 """Of one operation, each of which pyarrow's client has tried several times itself: about half a minute of waiting in all."""
 TRANSIENT = re.compile(
