@@ -6,7 +6,8 @@ The data flow of this room, one file each:
                  schedules, adaptive: how many positions a forward reveals
     blocks       the same for a block diffusion student: block after block with a KV cache, to any length
     causal       any Hugging Face causal LM -> tokenizer, logits, and its own samples from the same noise
-    prompts      a file of prompts and texts with blanks -> what is given of each row; writers: every student that can fill it
+    prompts      a file of prompts and texts with blanks -> what is given of each row; writers: every student that can fill it (causal_writers: from
+                 left to right, alone or with drafts)
     sample_set   the settings of `sample` -> a set of rows, with the forwards that each took
     samples      a request -> one Arrow file of tokens, sampled once and never again
     speculative  a drafter's guesses, judged by one forward of the teacher -> exactly the teacher's samples in fewer of its calls

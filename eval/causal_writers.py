@@ -1,0 +1,150 @@
+"""What writes a row's tokens from left to right: a causal LM alone, with the heads of a medusa student, or with another student that drafts.
+
+Writers as in writers, whose Writer they are. Shapes: B rows, L positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval import drafting
+from eval.causal import CausalLM, folder_identity, model_identity
+from eval.config import SampleConfig
+from eval.decoding import Decoding, restricted_log_probs
+from eval.drafters import MedusaDrafter
+from eval.prompts import Prompts, prefix_lengths
+from eval.referee import Held, SharedNoise, prior
+from eval.speculative import Drafter, speculate
+from eval.study import device_of
+from trainer.students import load_student
+
+
+class CausalWriter:
+    """An `ar` student or any Hugging Face causal LM, token by token with a KV cache."""
+
+    def __init__(self, config: SampleConfig, about: dict[str, Any] | None):
+        _refuse_masked_settings(config, "is a causal LM, which writes one token a forward")
+        if config.block != SampleConfig.block:
+            raise ValueError(f"block is {config.block}, but nobody drafts for {config.student}; drop it, or name a drafter")
+        self.lm, self.seed = CausalLM(config.student, device_of(config.device), packed=config.packed), config.seed
+        output: Any = "sample" if config.choose == "auto" else config.choose
+        self.decoding = Decoding(1, config.temperature, nucleus=config.nucleus, output=output, top_k=config.top_k)
+        self.vocab_size, self.identity, self.asked, self.label = self.lm.vocab_size, model_identity(config.student), 0, "token-by-token"
+        self.longest = about["block_length"] if about else self.lm.max_length or 2**24
+        self.tokenizer = trained_tokenizer(about["provenance"]) if about else config.student
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self.decoding, name) for name in ("temperature", "nucleus", "top_k", "output")}
+
+    def prepare(self, prompts: Prompts) -> None:
+        prefix_lengths(prompts)
+
+    def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given_B = prefix_lengths(Prompts(given_BL, length_B))
+        ids_BL = self.lm.write(given_BL.clamp_min(0), given_B, given_BL.shape[1], sequence_id_B, self.seed, self.decoding)
+        past_BL = torch.arange(ids_BL.shape[1]) >= length_B[:, None]
+        return ids_BL.masked_fill(past_BL, 0), length_B, length_B - given_B
+
+
+class _Drafted:
+    """A causal LM that writes what it would write alone from the same seed: a drafter guesses, and NFE counts the calls of the LM.
+
+    Equal to CausalWriter token for token, but at near ties of float rounding (see speculative).
+    """
+
+    lm: CausalLM
+    drafter: Drafter
+    block: int
+    seed: int
+    decoding: Decoding
+    vocab_size: int
+    asked = 0
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self.decoding, name) for name in ("temperature", "nucleus", "top_k", "output")}
+
+    def prepare(self, prompts: Prompts) -> None:
+        prefix_lengths(prompts)
+
+    def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given_BL, length_B, sequence_id_B = (part.to(self.lm.device) for part in (given_BL, length_B, sequence_id_B))
+        given_B = prefix_lengths(Prompts(given_BL, length_B))
+        span = self.block + 1 + self.drafter.span
+        noise = Held(prior(self.seed, sequence_id_B, self.vocab_size), len(given_B), span, self.vocab_size, self.lm.device)
+        rule = SharedNoise(lambda logits_NV: restricted_log_probs(logits_NV, self.decoding), noise, self.decoding.temperature)
+        written = speculate(self.lm, self.drafter, rule, given_BL.clamp_min(0), given_B, length_B, self.block)
+        wide = given_BL.shape[1] - written.ids_BL.shape[1]
+        return torch.nn.functional.pad(written.ids_BL, (0, wide)), length_B, written.calls_B
+
+
+class MedusaWriter(_Drafted):
+    """The backbone of a medusa student, for which its heads draft; read in the student's own dtype."""
+
+    def __init__(self, config: SampleConfig):
+        _refuse_masked_settings(config, "has heads on a causal LM, which fill no masks")
+        self.student, self.seed = loaded(config.student, device_of(config.device)), config.seed
+        base = self.student.base
+        _refuse_argmax(config, f"take the backbone itself, {base.folder}")
+        self.lm = CausalLM(str(base.folder), device_of(config.device), model=base.model)
+        self.drafter = MedusaDrafter(self.student, True)
+        self.block, self.decoding = self.drafter.most, Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
+        self.vocab_size, self.longest, self.label = self.lm.vocab_size, self.student.block_length, "drafted-by-heads"
+        self.identity = folder_identity(Path(config.student))
+        self.tokenizer = trained_tokenizer(self.student.provenance) or str(base.folder)
+
+
+class DraftedWriter(_Drafted):
+    """A causal LM or an `ar` student, for which another student drafts."""
+
+    def __init__(self, config: SampleConfig, about: dict[str, Any] | None):
+        _refuse_masked_settings(replace(config, nfe=0), "is a causal LM, which fills no masks")
+        _refuse_argmax(config, "drop drafter")
+        if config.block < 1:
+            raise ValueError(f"block is {config.block}; it must be at least 1")
+        self.lm, self.seed = CausalLM(config.student, device_of(config.device), packed=config.packed), config.seed
+        student = drafting.load(config.drafter, self.lm)
+        kind = "a causal LM" if isinstance(student, CausalLM) else student.config.kind
+        if config.nfe and kind not in ("mdlm", "bd3lm"):
+            raise ValueError(f"nfe is {config.nfe}, but the drafter {config.drafter} is {kind}, which takes what it takes; drop it")
+        self.drafter = drafting.drafter_for(student, self.lm, config.nfe or 1, 0)
+        self.block, self.decoding = config.block, Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
+        self._nfe, self._drafter = config.nfe or 1, drafting.identity_of(config.drafter)
+        own = about["block_length"] if about else self.lm.max_length or 2**24
+        self.vocab_size, self.longest = self.lm.vocab_size, min(own, drafting.longest(student) or own)
+        self.identity, self.label = model_identity(config.student), f"drafted-by-{Path(config.drafter).name}"
+        self.tokenizer = trained_tokenizer(about["provenance"]) if about else config.student
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "drafter": self._drafter, "block": self.block, "nfe": self._nfe}
+
+
+def _refuse_argmax(config: SampleConfig, way_out: str) -> None:
+    if config.choose == "argmax":
+        raise ValueError(
+            f"choose is argmax, but what is drafted for {config.student} are its samples, argmax(log p + g); drop it, set top_k to 1, or {way_out}"
+        )
+
+
+def _refuse_masked_settings(config: SampleConfig, why: str) -> None:
+    """Raises ValueError for what only a masked student reads."""
+    ignored = {
+        "nfe": 0, "sampler": "even", "order": "random", "noise_temperature": 1.0, "fresh_noise": False, "auxiliary": "", "student_weight": 0.5,
+        "lookahead": 0, "recompute": 0, "given_teacher": "",
+    }  # fmt: skip
+    for name, default in ignored.items():
+        if getattr(config, name) != default:
+            raise ValueError(f"{name} is {getattr(config, name)}, but {config.student} {why}; drop it")
+
+
+def trained_tokenizer(provenance: dict[str, Any]) -> str:
+    dataset = provenance.get("dataset")
+    return str(Path(dataset) / "tokenizer") if dataset and (Path(dataset) / "tokenizer").is_dir() else ""
+
+
+def loaded(folder: str, device: str) -> Any:
+    return load_student(Path(folder), device)
