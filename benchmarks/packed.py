@@ -49,6 +49,10 @@ class Config:
     output: str = "benchmarks/results/packed.json"
     """Where the figures go."""
 
+    def __post_init__(self) -> None:
+        if not self.tokens or min(self.tokens) < 1:
+            raise ValueError(f"tokens is {self.tokens}; give at least one number, each from 1 up")
+
 
 def measure(config: Config) -> dict[str, Any]:
     """Seconds of each forward, and the ratios."""
@@ -58,7 +62,7 @@ def measure(config: Config) -> dict[str, Any]:
     shape = {"n_layer": config.layers, "n_embd": config.hidden, "n_head": config.heads, "vocab_size": config.vocab_size}
     plain = GPT2LMHeadModel(GPT2Config(n_positions=max(CACHED + max(config.tokens), config.length), **shape)).eval()
     packed = copy.deepcopy(plain)
-    pack(packed, "packed")
+    pack(packed, "packed", "run it on a processor")
     cpu, works = torch.device("cpu"), {}
     for name, model in (("plain", plain), ("packed", packed)):
         for tokens in config.tokens:

@@ -52,8 +52,6 @@ class System:
     name: str
     rule: str
     drafter: Drafter
-    noisy: bool
-    """whether the drafter reads noise"""
 
 
 def build(config: AcceptConfig) -> dict[str, Any]:
@@ -138,7 +136,7 @@ class Run:
         return Rejection(log_probs, held, self._config.seed, begun.sequence_id_B, self._config.block + 1, self._teacher.vocab_size)
 
     def _drafted(self, begun: Begun, system: System) -> Written:
-        rule: Rule = self._rule(begun, self._config.block + 1 + (system.drafter.span if system.noisy else 0), system.rule)
+        rule: Rule = self._rule(begun, self._config.block + 1 + system.drafter.span, system.rule)
         return speculate(self._teacher, system.drafter, rule, begun.given_BP, begun.given_B, begun.limit_B, self._config.block)
 
     def _plain(self, begun: Begun) -> Tensor:
@@ -196,5 +194,5 @@ def _systems(config: AcceptConfig, teacher: CausalLM, students: dict[str, Any]) 
         drafter = drafting.drafter_for(student, teacher, config.nfe, config.sight)
         noise = "none" if isinstance(student, CausalLM) else student.noise.kind
         rules = [SHARED] + ([REJECTION] if noise in ("none", "independent") and not config.rows else [])
-        systems += [System(Path(name).name, rule, drafter, noise != "none") for rule in rules]
+        systems += [System(Path(name).name, rule, drafter) for rule in rules]
     return systems

@@ -77,8 +77,9 @@ class CausalLM:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DatasetError(f"{name}: transformers cannot load a causal LM from it ({_first_line(error)})") from None
         self.model = model.to(device).eval()
+        self.packed = packed
         if packed:
-            pack(self.model, "packed")
+            pack(self.model, "packed", "set device to cpu and dtype to float32, or packed to false")
 
     @property
     def vocab_size(self) -> int:

@@ -35,11 +35,12 @@ class CausalWriter:
         output: Any = "sample" if config.choose == "auto" else config.choose
         self.decoding = Decoding(1, config.temperature, nucleus=config.nucleus, output=output, top_k=config.top_k)
         self.vocab_size, self.identity, self.asked, self.label = self.lm.vocab_size, model_identity(config.student), 0, "token-by-token"
+        self.limit = config.student
         self.longest = about["block_length"] if about else self.lm.max_length or 2**24
         self.tokenizer = trained_tokenizer(about["provenance"]) if about else config.student
 
     def settings(self) -> dict[str, Any]:
-        return {name: getattr(self.decoding, name) for name in ("temperature", "nucleus", "top_k", "output")}
+        return _settings(self.decoding, self.lm)
 
     def prepare(self, prompts: Prompts) -> None:
         prefix_lengths(prompts)
@@ -66,7 +67,7 @@ class _Drafted:
     asked = 0
 
     def settings(self) -> dict[str, Any]:
-        return {name: getattr(self.decoding, name) for name in ("temperature", "nucleus", "top_k", "output")}
+        return _settings(self.decoding, self.lm)
 
     def prepare(self, prompts: Prompts) -> None:
         prefix_lengths(prompts)
@@ -94,6 +95,7 @@ class MedusaWriter(_Drafted):
         self.drafter = MedusaDrafter(self.student, True)
         self.block, self.decoding = self.drafter.most, Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
         self.vocab_size, self.longest, self.label = self.lm.vocab_size, self.student.block_length, "drafted-by-heads"
+        self.limit = config.student
         self.identity = folder_identity(Path(config.student))
         self.tokenizer = trained_tokenizer(self.student.provenance) or str(base.folder)
 
@@ -104,8 +106,6 @@ class DraftedWriter(_Drafted):
     def __init__(self, config: SampleConfig, about: dict[str, Any] | None):
         _refuse_masked_settings(replace(config, nfe=0), "is a causal LM, which fills no masks")
         _refuse_argmax(config, "drop drafter")
-        if config.block < 1:
-            raise ValueError(f"block is {config.block}; it must be at least 1")
         self.lm, self.seed = CausalLM(config.student, device_of(config.device), packed=config.packed), config.seed
         student = drafting.load(config.drafter, self.lm)
         kind = "a causal LM" if isinstance(student, CausalLM) else student.config.kind
@@ -115,12 +115,18 @@ class DraftedWriter(_Drafted):
         self.block, self.decoding = config.block, Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
         self._nfe, self._drafter = config.nfe or 1, drafting.identity_of(config.drafter)
         own = about["block_length"] if about else self.lm.max_length or 2**24
-        self.vocab_size, self.longest = self.lm.vocab_size, min(own, drafting.longest(student) or own)
+        reads = drafting.longest(student) or own
+        self.vocab_size, self.longest, self.limit = self.lm.vocab_size, min(own, reads), config.drafter if reads < own else config.student
         self.identity, self.label = model_identity(config.student), f"drafted-by-{Path(config.drafter).name}"
         self.tokenizer = trained_tokenizer(about["provenance"]) if about else config.student
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "drafter": self._drafter, "block": self.block, "nfe": self._nfe}
+
+
+def _settings(decoding: Decoding, lm: CausalLM) -> dict[str, Any]:
+    chosen = {name: getattr(decoding, name) for name in ("temperature", "nucleus", "top_k", "output")}
+    return {**chosen, **({"packed": True} if lm.packed else {})}
 
 
 def _refuse_argmax(config: SampleConfig, way_out: str) -> None:

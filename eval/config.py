@@ -181,18 +181,19 @@ class SampleConfig:
     before are kept from earlier calls, which is approximate, since they have not seen what was written since. 0: read all, exactly."""
     drafter: str = ""
     """For a causal LM: a student that drafts (mdlm, bd3lm, mtp or medusa), or a smaller causal LM. The text is the one that the LM writes alone from
-    the same seed, in fewer of its calls; nfe is then the forwards of a draft, 0: one."""
+    the same seed, in fewer of its calls, and no longer than the drafter reads. nfe is then the forwards of a draft (of bd3lm, of a block), 0: one. A
+    drafter with noise holds it for batch x the positions it sees x V: small batches."""
     block: int = 4
-    """Tokens of a draft, at most."""
+    """For a drafter: tokens of a draft, at most."""
     packed: bool = False
-    """For a causal LM on CPUs, in float32: lay its weights out once for oneDNN, which makes it faster, and drafts cheap to judge."""
+    """For a causal LM on CPUs, in float32: lay its weights out once for oneDNN. Forwards are faster then, and drafts cheap to judge."""
     prompts: str = ""
     """JSONL of prompts or texts with blanks; sequence i takes line i modulo their number. Perplexity counts given tokens too. Empty: BOS alone."""
     given_teacher: str = ""
     """The teacher, for a student that reads the noise of known tokens (noise.known): prompts then carry the posterior noise that makes it choose
     them, up to a row's first blank, as the teacher reads from left to right. Empty: given tokens carry no noise."""
     length: int = 0
-    """Positions of a row, BOS included; 0: the student's block, or a causal LM's context. A bd3lm student writes longer rows too."""
+    """Positions of a row, BOS included; 0: the student's block, or a causal LM's context, or its drafter's. A bd3lm student writes longer too."""
     eos: int = -1
     """bd3lm: a row ends at this token, once it is written past all that is given; -1: rows have their full length."""
     keep_blocks: int = 0
@@ -223,6 +224,9 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.sequences < 0 or self.batch < 1:
             raise ValueError(f"sequences is {self.sequences} and batch {self.batch}; give at least 1 (sequences 0: 1024, or one for each prompt)")
+        for name, least in (("nfe", 0), ("block", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         for name in ("eos", "bos"):
             if getattr(self, name) < -1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a token, or -1, which is the default")

@@ -49,7 +49,7 @@ class _Alone:
     def __init__(self, student: Any, ahead: int):
         self.student, self.forwards = student, 0
         self.informed = bool(student.noise.informed)
-        self.span: int = student.block_length if student.noise.known else ahead
+        self.span: int = 0 if student.noise.kind == "none" else student.block_length if student.noise.known else ahead
 
     def begin(self) -> None:
         self.forwards = 0
@@ -162,7 +162,7 @@ class MedusaDrafter:
     def __init__(self, student: Any, shares: bool):
         self.student, self.reads_hidden, self.forwards = student, shares, 0
         self._lead = int(shares)
-        self.most, self.span = student.places - self._lead, student.places + 1
+        self.most, self.span = student.places - self._lead, student.places + 1 if student.noise.kind != "none" else 0
 
     def begin(self) -> None:
         self.forwards = 0
@@ -205,7 +205,7 @@ class CausalDrafter:
 
     def __init__(self, lm: CausalLM):
         self._lm, self.forwards = lm, 0
-        self.most, self.span = lm.max_length or 2**24, 1
+        self.most, self.span = lm.max_length or 2**24, 0
 
     def begin(self) -> None:
         self.forwards, self._reader = 0, Lockstep(self._lm.forward_of(), self._lm.name)

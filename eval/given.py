@@ -56,5 +56,14 @@ class GivenTeacher:
         self._temperature = teacher_temperature(dataset)
         self.identity = {**self._teacher.identity, "temperature": self._temperature}
 
+    def check(self, given_PL: Tensor) -> None:
+        """Raises ValueError for prompts that the teacher cannot read."""
+        most = int(((given_PL == BLANK).cumsum(1) == 0).sum(1).max())
+        if self._teacher.max_length is not None and most > self._teacher.max_length:
+            raise ValueError(
+                f"given_teacher {self._teacher.name} has a context of {self._teacher.max_length}, but {most} tokens of a prompt are given; "
+                "shorten it, or drop given_teacher"
+            )
+
     def __call__(self, given_BL: Tensor, sequence_id_B: Tensor, seed: int) -> tuple[Tensor, Tensor] | None:
         return given_noise(self._teacher, self._temperature, given_BL, sequence_id_B, seed)

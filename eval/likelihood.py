@@ -87,9 +87,9 @@ class MaskedLikelihood:
         self._in_blocks, self._noisy = hasattr(student, "block_size"), noisy
         self._all_orders = self._in_blocks and 2**self._block - 1 <= draws
         self.exact = self._all_orders and not noisy
-        count = draws if not self._all_orders else draws // (2**self._block - 1) if noisy else 1
+        count = 1 if self.exact else draws
         self._seeds = [step_seed(seed, draw) for draw in range(count)]
-        self.about = "exact" if self.exact else f"a lower bound, estimated from {count} draws of " + (
+        self.about = "exact" if self.exact else f"a lower bound, estimated from {count} draw{'s' * (count > 1)} of " + (
             "prior noise" if self._all_orders else "masks" + (" and prior noise" if noisy else "")
         )  # fmt: skip
 

@@ -89,6 +89,8 @@ def _row(line: Any, tokenizer: Any, vocab_size: int, room: int) -> list[int]:
         raise ValueError(f"token {wide[0]} is outside the student's vocabulary of {vocab_size}")
     last = line.get("length", len(row) + 1 if BLANK in row else room + 1)
     if not isinstance(last, int) or not len(row) < last <= room + 1:
+        if len(row) > room:
+            raise ValueError(f"it has {len(row)} positions after BOS, and a row has room for {room}")
         raise ValueError(f"it has {len(row)} positions after BOS and length {last}; length must be in {len(row) + 1}..{room + 1}")
     row += [BLANK] * (last - 1 - len(row))
     if BLANK not in row:

@@ -40,7 +40,7 @@ def prior(seed: int, sequence_id_B: Tensor, vocab_size: int) -> NoiseAt:
 
 
 class Held:
-    """Noise of the last `span` positions that were asked for in each row: each is made once."""
+    """Noise of the last `span` positions that were asked for in each row: each is made once. Those of one call are no further apart."""
 
     def __init__(self, source: NoiseAt, rows: int, span: int, vocab_size: int, device: torch.device):
         self._source, self._span = source, span
@@ -54,6 +54,7 @@ class Held:
             where = row_N[new_N], slot_N[new_N]
             self._g_BRV[where] = self._source(row_N[new_N], position_N[new_N])
             self._position_BR[where] = position_N[new_N]
+            assert bool((self._position_BR[row_N, slot_N] == position_N).all()), f"positions of one call are further apart than {self._span}"
         return self._g_BRV[row_N, slot_N]
 
 

@@ -95,8 +95,12 @@ def sample_set(config: SampleConfig) -> SampleSet:
 def _prompts(config: SampleConfig, student: Writer, tokenizer: Any, bos: int) -> Prompts:
     length = config.length or student.longest
     if not 2 <= length <= student.longest:
-        raise ValueError(f"length is {length}, and {config.student} writes rows of 2 to {student.longest} positions, BOS included; set --length")
-    return Prompts.read(Path(config.prompts), tokenizer, bos, student.vocab_size, length) if config.prompts else Prompts.bare(bos, length)
+        raise ValueError(f"length is {length}, and {student.limit} takes rows of 2 to {student.longest} positions, BOS included; set --length")
+    try:
+        return Prompts.read(Path(config.prompts), tokenizer, bos, student.vocab_size, length) if config.prompts else Prompts.bare(bos, length)
+    except DatasetError as error:
+        more = f" ({student.limit} takes rows of at most {student.longest})" if length == student.longest else ""
+        raise DatasetError(f"{error}{more}") from None
 
 
 def _tokenizer_of(config: SampleConfig, student: Writer) -> str:

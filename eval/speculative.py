@@ -54,7 +54,7 @@ class Drafter(Protocol):
     most: int
     """tokens of a draft, at most"""
     span: int
-    """positions from a row's last known one on, whose noise it asks for"""
+    """positions of a row, one behind the other, whose noise it asks for in one draft; 0 where it reads none"""
     reads_hidden: bool
     """whether it wants the teacher's hidden state"""
     forwards: int
@@ -73,7 +73,7 @@ class Drafter(Protocol):
 class Nobody:
     """No draft at all: plain sampling, a token a call."""
 
-    most, span, reads_hidden, forwards = 0, 1, False, 0
+    most, span, reads_hidden, forwards = 0, 0, False, 0
 
     def begin(self) -> None:
         pass

@@ -30,6 +30,8 @@ class Writer(Protocol):
     vocab_size: int
     longest: int
     """positions of a row, at most"""
+    limit: str
+    """the model that sets it"""
     identity: dict[str, Any]
     """the model, for a request"""
     tokenizer: str
@@ -55,16 +57,16 @@ def writer(config: SampleConfig) -> Writer:
     if about is None and not (folder / "config.json").exists() and folder.is_dir():
         raise DatasetError(f"{folder} is neither a student (student.json) nor a causal LM (config.json); train one with `python -m trainer`")
     kind = about.get("kind") if about else "ar"
-    if kind == "bd3lm" and not (config.drafter or config.packed):
+    if kind != "ar" and (config.drafter or config.packed or config.block != SampleConfig.block):
+        raise ValueError(
+            f"drafter is {config.drafter!r}, packed {config.packed} and block {config.block}, but {config.student} is no causal LM alone; drop them"
+        )
+    if kind == "bd3lm":
         return BlockWriter(config)
     if config.eos >= 0 or config.keep_blocks:
         raise ValueError(f"eos is {config.eos} and keep_blocks {config.keep_blocks}, but {config.student} does not write in blocks; drop them")
     if kind == "ar":
         return DraftedWriter(config, about) if config.drafter else CausalWriter(config, about)
-    if config.drafter or config.packed or config.block != SampleConfig.block:
-        raise ValueError(
-            f"drafter is {config.drafter!r}, packed {config.packed} and block {config.block}, but {config.student} is no causal LM alone; drop them"
-        )
     return MedusaWriter(config) if kind == "medusa" else MaskedWriter(config)
 
 
@@ -83,7 +85,7 @@ class MaskedWriter:
         self.auxiliary = CausalLM(config.auxiliary, self.device) if config.auxiliary else None
         self.given_teacher = _given_teacher(config, self.student, self.device)
         self.vocab_size, self.longest, self.asked = self.student.vocab_size, self.student.block_length, nfe
-        self.label = config.sampler + (f"-nfe{nfe}" if nfe else "")
+        self.limit, self.label = config.student, config.sampler + (f"-nfe{nfe}" if nfe else "")
         self.identity = folder_identity(Path(config.student))
         self.tokenizer = trained_tokenizer(self.student.provenance)
 
@@ -93,6 +95,8 @@ class MaskedWriter:
 
     def prepare(self, prompts: Prompts) -> None:
         self.padded = prompts.padded
+        if self.given_teacher:
+            self.given_teacher.check(prompts.given_PL)
         most = int((prompts.given_PL == BLANK).sum(1).max())
         if self.decoding.sampler == "even" and self.decoding.nfe > most:
             raise ValueError(f"nfe is {self.decoding.nfe} but no row has more than {most} unknown positions; lower nfe")
@@ -130,7 +134,7 @@ class BlockWriter:
             )
         self.eos, self.keep = config.eos if config.eos >= 0 else None, config.keep_blocks or None
         self.vocab_size, self.longest, self.asked = self.student.vocab_size, max(config.length, self.student.block_length), 0
-        self.label = f"blocks-{config.sampler}" + (f"-nfe{nfe}" if nfe else "")
+        self.limit, self.label = config.student, f"blocks-{config.sampler}" + (f"-nfe{nfe}" if nfe else "")
         self.identity = folder_identity(Path(config.student))
         self.tokenizer = trained_tokenizer(self.student.provenance)
 
@@ -140,6 +144,8 @@ class BlockWriter:
 
     def prepare(self, prompts: Prompts) -> None:
         self.padded = prompts.padded
+        if self.given_teacher:
+            self.given_teacher.check(prompts.given_PL)
         self.asked = self.decoding.nfe * -(-prompts.given_PL.shape[1] // self.student.block_size)
         given_PL = prompts.given_PL.masked_fill(prompts.given_PL == BLANK, self.student.mask_id)
         check_blocks(self.student, given_PL, self.decoding, None, self.keep)

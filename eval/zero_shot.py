@@ -30,7 +30,7 @@ STANDARD = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "ope
 """lm-eval's names of ARC easy and challenge, HellaSwag, PIQA, WinoGrande, OpenBookQA, SocialIQA and BoolQ."""
 UNDERSTATES = (
     "note: the noise is drawn from the prior, which knows nothing of the answer; a student pays for what it believes of it, so these figures "
-    "understate it: compare them with those of other students with noise, not with its twin's without"
+    "understate it: compare them with those of other students with noise and the same draws, not with its twin's without"
 )
 
 
@@ -48,7 +48,8 @@ class ZeroShotConfig:
     task_folder: str = ""
     """Folder of more tasks: YAML files in lm-eval's format."""
     draws: int = 32
-    """Masks, and noise, behind each bound. Blocks of B tokens have 2^B - 1 masks: from that many draws on a bd3lm student's likelihood is exact."""
+    """Masks, and noise, behind each bound. Blocks of B tokens have 2^B - 1 masks: from that many draws on a bd3lm student's likelihood is exact, or
+    with noise exact for each of so many draws of it (forwards: draws x masks)."""
     noise_temperature: float = 1.0
     """Multiplies the noise given to the student; near 0 it is silent, and the student is another one."""
     fewshot: int = -1

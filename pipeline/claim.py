@@ -18,15 +18,15 @@ PLACES = ("tokenizer", "shards", "shards/00000")
 
 def claim(folder: Folder, plan: Plan) -> None:
     """Write plan.json, or find it there. Raises DatasetError as `check` does."""
-    check(folder, plan)
-    plan.write(folder)
+    if check(folder, plan):
+        plan.rewrite(folder)
 
 
-def check(folder: Folder, plan: Plan) -> None:
-    """Raises DatasetError where the folder holds another dataset, or files that this one would replace."""
+def check(folder: Folder, plan: Plan) -> bool:
+    """Whether plan.json is still to be written. Raises DatasetError where the folder holds another dataset, or files that this one would replace."""
     if not folder.exists("plan.json") and not _is_of(folder, plan):
         refuse_others(folder)
-    plan.is_news(folder)
+    return plan.is_news(folder)
 
 
 def _is_of(folder: Folder, plan: Plan) -> bool:

@@ -145,8 +145,8 @@ class Teacher:
     compile: bool = False
     """torch.compile of the forward pass over rows that exist. Part of the plan: it changes the last bits."""
     packed: bool = False
-    """On CPUs, in float32: lay the weights out once for oneDNN. A forward takes half the time where torch's own product does not suit the processor
-    (AMD's), and a second copy of the output layer. Part of the plan: it changes the last bits."""
+    """On CPUs, in float32: lay the weights out once for oneDNN, which takes a second copy of the output layer. Forwards are faster where torch's own
+    product does not suit the processor (benchmarks/packed.py). Part of the plan: it changes the last bits."""
     device_map: str | None = None
     """Spread one teacher over a worker's GPUs (ray.gpus): auto, balanced, ... as in transformers; needs accelerate. Part of the plan."""
     temperature: float = 1.0
@@ -158,6 +158,11 @@ class Teacher:
         if self.micro_batch != AUTO:
             _at_least("teacher.micro_batch", self.micro_batch, 1)
         _at_least("teacher.threads", self.threads, 1)
+        if self.packed and (self.dtype != "float32" or self.device_map is not None):
+            raise ValueError(
+                f"teacher.packed is true with teacher.dtype {self.dtype} and device_map {self.device_map}, but packed weights are float32 on a CPU; "
+                "set teacher.packed to false, or teacher.dtype to float32 and device_map to null"
+            )
         if self.packed and self.compile:
             raise ValueError("teacher.packed and teacher.compile are both true, and a packed layer is not compiled; set one of them to false")
         if not 0 < self.temperature < float("inf"):

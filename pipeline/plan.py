@@ -18,11 +18,11 @@ from noise.shard import FORMAT_VERSION
 from noise.sketch import Codec
 from noise.storage import DatasetError, canonical_json, sha256_text
 from pipeline import config
-from pipeline.claim import claim
+from pipeline.claim import check, claim
 from pipeline.corpus import Corpus, CorpusFile, corpus_settings
 from pipeline.divide import ShardInput, divide
 from pipeline.packing import Packer
-from pipeline.tokenizer import Tokenizer, copy_tokenizer, find_tokenizer
+from pipeline.tokenizer import Tokenizer, check_tokenizer, copy_tokenizer, find_tokenizer
 
 
 def make_plan(recipe: config.Recipe) -> tuple[Plan, Corpus, Tokenizer]:
@@ -139,6 +139,14 @@ def write_plan(recipe: config.Work, plan: Plan, tokenizer: Tokenizer) -> Plan:
     check_numerics(plan.environment["numerics"], standing, folder)
     copy_tokenizer(tokenizer.folder, folder, standing.identity)
     return standing
+
+
+def check_plan(recipe: config.Work, plan: Plan) -> None:
+    """For a dry run: raises DatasetError where `write_plan` would, and writes nothing."""
+    folder = Folder.of(recipe.output)
+    if not check(folder, plan):
+        check_numerics(plan.environment["numerics"], Plan.read(folder), folder)
+    check_tokenizer(folder, plan.identity)
 
 
 def check_numerics(ours: dict[str, Any], standing: Plan, folder: Where) -> None:

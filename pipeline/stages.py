@@ -15,7 +15,6 @@ from noise.lineage import grows_from
 from noise.receipt import Receipt, listed
 from noise.storage import DatasetError
 from pipeline.card import write_card
-from pipeline.claim import check
 from pipeline.config import DamageError, GenerateRecipe, Recipe, Work, WorkError
 from pipeline.corpus import Corpus
 from pipeline.divide import ShardInput
@@ -23,11 +22,11 @@ from pipeline.extract import Job
 from pipeline.inspect import is_finished
 from pipeline.lease import driving
 from pipeline.making import Making
-from pipeline.plan import make_plan, write_plan
+from pipeline.plan import check_plan, make_plan, write_plan
 from pipeline.progress import Progress, printable, say
 from pipeline.run_log import RunLog
 from pipeline.standing import find_plan
-from pipeline.tokenizer import copy_tokenizer
+from pipeline.tokenizer import check_tokenizer, copy_tokenizer
 
 
 def save_recipe(recipe: Work, where: Where) -> None:
@@ -71,7 +70,9 @@ def find_job(recipe: Recipe, grow: bool, write: bool = True) -> Job:
         if write:
             standing = write_plan(recipe, standing, tokenizer)
         else:
-            check(folder, standing)
+            check_plan(recipe, standing)
+    if not write:
+        check_tokenizer(folder, standing.identity)
     if write and not is_finished(folder, standing):  # a finished dataset's manifest has the hash of its recipe
         copy_tokenizer(tokenizer.folder, folder, standing.identity)  # stopped after plan.json, it is not there yet
         save_recipe(recipe, folder)
@@ -109,7 +110,7 @@ def generate(recipe: GenerateRecipe, quarantine: bool = False, dry_run: bool = F
     standing, corpus, tokenizer = prompts.make_plan(recipe)
     folder = Folder.of(recipe.output)
     if dry_run:
-        check(folder, standing)
+        check_plan(recipe, standing)
     else:
         standing = write_plan(recipe, standing, tokenizer)
         if not is_finished(folder, standing):

@@ -135,7 +135,7 @@ class Teacher:
         if recipe.compile:
             self._compile()
         if recipe.packed:
-            pack(self._model, "teacher.packed")
+            pack(self._model, "teacher.packed", "set ray.gpus to 0")
         self._head = self._usable_head()
         self._apart = apart
         if apart is not None:

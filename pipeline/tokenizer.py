@@ -94,10 +94,10 @@ def copy_tokenizer(source: Path, dataset: Folder, identity: Identity) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).exists() and name not in there:
             dataset.put(f"tokenizer/{name}", (source / name).read_bytes())
-    check_tokenizer(dataset, identity, "move it away and run again, or name another folder")
+    check_tokenizer(dataset, identity)
 
 
-def check_tokenizer(dataset: Folder, identity: Identity, way_out: str) -> None:
+def check_tokenizer(dataset: Folder, identity: Identity, way_out: str = "move it away and run again, or name another folder") -> None:
     """Raises DatasetError where tokenizer/ is not the identity's; where there is neither, nothing is to be checked."""
     expected, there = identity.get("tokenizer"), [name for name in TOKENIZER_FILES if name in dataset.sizes("tokenizer")]
     if isinstance(expected, dict) and there and tokenizer_hash(dataset.fetched("tokenizer")) != expected.get("sha256"):

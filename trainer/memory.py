@@ -65,4 +65,4 @@ def passing(config: StudentConfig, vocab_size: int, predicted: int, bfloat16: bo
     """What is there for a moment: the logits' gradient over all rows' predicted positions, and a chunk of noise."""
     a = 2 if bfloat16 else 4
     parts = {"gradient of the logits": float((4 + a) * vocab_size * predicted)}
-    return parts | ({"a chunk of noise": float((4 + a) * CHUNK_ENTRIES["cuda"])} if _streams(config) else {})
+    return parts | ({"a chunk of noise": float((4 + a) * CHUNK_ENTRIES["cuda"])} if _streams(config) or config.noise.known else {})

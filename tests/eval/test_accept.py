@@ -48,7 +48,7 @@ PLAIN = Decoding(1)
 class Oracle:
     """Drafts from a text that is handed to it."""
 
-    most, span, reads_hidden, forwards = 10**6, 1, False, 0
+    most, span, reads_hidden, forwards = 10**6, 0, False, 0
 
     def __init__(self, text_BL: torch.Tensor):
         self.text_BL = text_BL
@@ -125,14 +125,14 @@ def sequential(teacher: CausalLM, decoding: Decoding) -> torch.Tensor:
     return ids_BL.masked_fill(torch.arange(L) >= LIMIT_B[:, None], 0)
 
 
-def shared(decoding: Decoding, sequence_id_B: torch.Tensor) -> SharedNoise:
-    held = Held(prior(SEED, sequence_id_B, V), len(sequence_id_B), 2 * L, V, torch.device("cpu"))
+def shared(decoding: Decoding, sequence_id_B: torch.Tensor, span: int) -> SharedNoise:
+    held = Held(prior(SEED, sequence_id_B, V), len(sequence_id_B), span, V, torch.device("cpu"))
     return SharedNoise(lambda logits_NV: restricted_log_probs(logits_NV, decoding), held, decoding.temperature)
 
 
-def drafted(teacher: CausalLM, drafter: Drafter, decoding: Decoding = PLAIN, rows: slice = slice(None)) -> Written:
-    rule = shared(decoding, torch.arange(ROWS)[rows])
-    return speculate(teacher, drafter, rule, GIVEN_BP[rows], GIVEN_B[rows], LIMIT_B[rows], BLOCK)
+def drafted(teacher: CausalLM, drafter: Drafter, decoding: Decoding = PLAIN, rows: slice = slice(None), block: int = BLOCK) -> Written:
+    rule = shared(decoding, torch.arange(ROWS)[rows], block + 1 + drafter.span)
+    return speculate(teacher, drafter, rule, GIVEN_BP[rows], GIVEN_B[rows], LIMIT_B[rows], block)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +166,9 @@ def test_a_drafter_that_reads_known_tokens_noise_is_told_that_of_written_ones(fo
         return real(ids_AL, g_NV, *more, known=known)
 
     monkeypatch.setattr(drafter.student, "logits", heard)
-    drafter.span = drafter.student.block_length
-    for row in (0, 1, 4):
+    for row, block in ((0, BLOCK), (1, BLOCK), (4, 1), (0, 1)):
         calls.clear()
-        alone = drafted(teacher, drafter, decoding, rows=slice(row, row + 1))
+        alone = drafted(teacher, drafter, decoding, rows=slice(row, row + 1), block=block)
         given, text_L = int(GIVEN_B[row]), alone.ids_BL[0]
         assert torch.equal(text_L, sequential(teacher, decoding)[row, : len(text_L)])
         g_LV = 0.8 * philox.gumbel(philox.rows(SEED, torch.tensor([row] * L), torch.arange(L), NOISE_DRAW), V)
@@ -263,6 +262,8 @@ def test_noise_that_is_held_is_the_streams(folder: Path) -> None:
         row_N, position_N = torch.tensor(row), torch.tensor(position)
         assert torch.equal(held(row_N, position_N), philox.gumbel(philox.rows(SEED, sequence_id_B[row_N], position_N, NOISE_DRAW), V))
     assert asked == 6
+    with pytest.raises(AssertionError, match="further apart than 4"):
+        held(torch.tensor([0, 0]), torch.tensor([3, 7]))
 
 
 def write_markov(folder: Path, chain: MarkovTeacher) -> None:

@@ -35,6 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_world(tmp_path_factory.mktemp("world"))
     write_student(folder / "ar", kind="ar", seed=4)
     write_student(folder / "medusa", kind="medusa", seed=5, noise=NoiseConfig("gumbel", "add", readout=True), backbone=folder / "teacher")
+    (folder / "long.jsonl").write_text(json.dumps({"ids": [5] * 9}))
     write_causal(folder / "small", 9, vocab_size=13)
     blocks = build(StudentConfig("bd3lm", layers=2, hidden=16, heads=2, block_size=3), VOCAB, LENGTH)
     save_student(folder / "blocks", blocks, blocks.state_dict(), {}, {})
@@ -134,7 +135,9 @@ def test_every_setting_that_decides_tokens_names_another_set_and_batch_does_not(
         {"sampler": "ancestral"}, {"fresh_noise": True}, {"choose": "argmax"}, {"seed": 2}, {"bos": 3}, {"length": 7}, {"sequences": 3},
         {"prompts": str(world / "prompts.jsonl")}, {"prompts": str(world / "prefixes.jsonl")}, {"sampler": "adaptive", "nfe": 0},
         {"sampler": "adaptive", "nfe": 0, "student_weight": 0.6}, {"sampler": "adaptive", "nfe": 0, "lookahead": 2},
-        {"sampler": "adaptive", "nfe": 0, "recompute": 2}, {"student": "plain"},
+        {"sampler": "adaptive", "nfe": 0, "recompute": 2}, {"student": "plain"}, {"student": "judge", "nfe": 0, "length": 8},
+        {"student": "judge", "nfe": 0, "length": 8, "packed": True}, {"student": "judge", "nfe": 0, "drafter": str(world / "plain")},
+        {"student": "judge", "nfe": 0, "drafter": str(world / "plain"), "block": 2}, {"student": "judge", "nfe": 2, "drafter": str(world / "plain")},
     ]  # fmt: skip
     paths = [sample_set(config(world, tmp_path, **{**common, **change})).path for change in changes]
     assert len(set(paths)) == len(changes)
@@ -183,6 +186,15 @@ def test_what_does_not_fit_is_one_clear_line(world: Path, tmp_path: Path, capsys
         ("teacher", {"nfe": 2, "drafter": str(world / "medusa")}, "is medusa, which takes what it takes"),
         ("teacher", {"block": 2}, "block is 2, but nobody drafts"),
         ("teacher", {"block": 0, "drafter": str(world / "plain")}, "block is 0; it must be at least 1"),
+        ("teacher", {"nfe": -1, "drafter": str(world / "plain")}, "nfe is -1; it must be at least 0"),
+        ("teacher", {"length": 20, "drafter": str(world / "plain")}, f"length is 20, and {world / 'plain'} takes rows of 2 to 8 positions"),
+        (
+            "teacher",
+            {"drafter": str(world / "plain"), "prompts": str(world / "long.jsonl")},
+            f"room for 7 ({world / 'plain'} takes rows of at most 8)",
+        ),
+        ("blocks", {"block": 8}, "block 8, but"),
+        ("blocks", {"eos": 3, "packed": "true"}, "is no causal LM alone"),
         ("teacher", {"order": "confidence", "drafter": str(world / "plain")}, "order is confidence, but"),
         ("teacher", {"drafter": str(world / "small")}, "has another vocabulary than the teacher"),
         ("plain", {"packed": "true"}, "is no causal LM alone"),

@@ -134,7 +134,7 @@ def test_all_orders_within_blocks_are_summed(size: int, given: int) -> None:
 def test_all_orders_are_summed_given_noise_and_then_averaged_over_it() -> None:
     """By enumeration: the block's noise is the same in every order of a draw, and blocks are averaged apart."""
     model, ids = student("bd3lm", NOISE, block_size=2), [0, 2, 1, 0, 2]
-    score = MaskedLikelihood(model, 11, 1)
+    score = MaskedLikelihood(model, 3, 1)
     assert not score.exact and "3 draws of prior noise" in score.about
     total = 0.0
     for block in ((2, 3), (4,)):

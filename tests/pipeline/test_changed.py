@@ -65,6 +65,18 @@ def test_prompts_that_changed_are_refused_by_their_file_and_so_is_another_teache
     recipe = parse(arguments)[1]
     plan, _, tokenizer = prompts.make_plan(recipe)
     write_plan(recipe, plan, tokenizer)
+    for change, message in (
+        ("--teacher.threads=3", "teacher.threads: 3 here, 1 there"),
+        ("--teacher.packed=true", "teacher.packed: True here, None there"),
+    ):
+        assert_refused(world, [*arguments, change], message)
+        assert_refused(world, [*arguments, change, "--dry-run"], message)
+    own = world.output / "tokenizer" / "tokenizer.json"
+    before = own.read_text()
+    own.write_text("{}")
+    for dry in ([], ["--dry-run"]):
+        assert_refused(world, [*arguments, *dry], "is not the tokenizer of this dataset")
+    own.write_text(before)
     path = world.root / "corpus" / "003.txt"
     text = path.read_text()
     path.write_text(text.replace("Document", "document"))

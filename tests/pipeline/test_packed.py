@@ -30,7 +30,7 @@ def model(family: str) -> torch.nn.Module:
 def test_a_packed_model_computes_what_it_computed(family: str) -> None:
     plain = model(family)
     packed = copy.deepcopy(plain)
-    pack(packed, "packed")
+    pack(packed, "packed", "drop it")
     layers = [layer for layer in packed.modules() if isinstance(layer, Packed)]
     assert len(layers) == {"gpt2": 2 * 4 + 1, "llama": 2 * 7 + 1, "qwen2": 2 * 7 + 1}[family]
     assert not [layer for layer in packed.modules() if isinstance(layer, torch.nn.Linear) or type(layer).__name__ == "Conv1D"]
@@ -46,21 +46,22 @@ def test_a_packed_model_computes_what_it_computed(family: str) -> None:
 
 def test_what_cannot_be_packed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        DatasetError, match=r"teacher\.packed is true, but the model computes on cpu in float64, not on cpu in float32; set it to false"
+        DatasetError, match=r"teacher\.packed is true, but the model computes on cpu in float64, not on cpu in float32; set ray\.gpus to 0"
     ):
-        pack(model("llama").double(), "teacher.packed")
+        pack(model("llama").double(), "teacher.packed", "set ray.gpus to 0")
     with pytest.raises(DatasetError, match="the model computes on meta in float32"):
-        pack(model("llama").to("meta"), "packed")
-    curious = model("llama")
-    curious.forward = lambda real=curious.forward, **given: (curious.model.layers[0].mlp.up_proj.weight.sum(), real(**given))[1]  # type: ignore[union-attr]
-    with pytest.raises(DatasetError, match="a LlamaForCausalLM does not run on packed layers"):
-        pack(curious, "packed")
+        pack(model("llama").to("meta"), "packed", "drop it")
+    for look in (lambda weight: weight.sum(), lambda weight: weight @ torch.ones(32)):
+        curious = model("llama")
+        curious.forward = lambda real=curious.forward, of=curious, look=look, **given: (look(of.model.layers[0].mlp.up_proj.weight), real(**given))[1]
+        with pytest.raises(DatasetError, match="a LlamaForCausalLM does not run on packed layers"):
+            pack(curious, "packed", "drop it")
     monkeypatch.setattr(Packed, "forward", lambda self, x: torch.zeros(*x.shape[:-1], len(self.bias if self.weight is None else self.weight)))
     with pytest.raises(DatasetError, match="the packed GPT2LMHeadModel computes something else"):
-        pack(model("gpt2"), "packed")
+        pack(model("gpt2"), "packed", "drop it")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(DatasetError, match="this build of torch has no oneDNN"):
-        pack(model("llama"), "packed")
+        pack(model("llama"), "packed", "drop it")
 
 
 @pytest.fixture
@@ -78,5 +79,8 @@ def test_a_packed_teacher_is_part_of_the_plan_and_says_the_same(world: World, tm
     assert any(isinstance(layer, Packed) for layer in packed.teacher._model.modules())  # type: ignore[union-attr]
     with pytest.raises(DatasetError, match=r"teacher\.packed: None here, True there"):
         job(world, "packed")
+    for name, value in (("dtype", "bfloat16"), ("device_map", "auto")):
+        with pytest.raises(ValueError, match=r"teacher\.packed is true with .*, but packed weights are float32 on a CPU"):
+            world.recipe(output=tmp_path, teacher__packed="true", **{f"teacher__{name}": value})
     with pytest.raises(ValueError, match=r"teacher\.packed and teacher\.compile are both true"):
         world.recipe(output=tmp_path, teacher__packed="true", teacher__compile="true")

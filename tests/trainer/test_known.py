@@ -189,6 +189,11 @@ def test_a_student_of_several_tokens_is_told_of_those_that_it_does_not_predict(b
     assert torch.equal(torch.stack([noise[place] for place in expected]), g_NV)
 
 
+def test_where_all_tokens_are_predicted_none_is_known() -> None:
+    with pytest.raises(ValueError, match=r"student\.predict is 7: all tokens are predicted"):
+        student_of(OPTIONS["input"], kind="mtp", predict=L - 1)
+
+
 @pytest.mark.parametrize("more", [*BLOCKS, {"kind": "mtp", "predict": 3}], ids=str)
 def test_they_do_not_hear_it_at_first_and_every_weight_trains(batch: Batch, more: dict[str, Any]) -> None:
     student, twin = student_of(ALL, **more), student_of(replace(ALL, known=False), **more)

@@ -28,6 +28,10 @@ class MTP(Masked):
             raise ValueError(
                 f"student.predict is {config.predict}; it must be in 1..{block_length - 1}, the dataset's block_length less its first token"
             )
+        if config.noise.known and config.predict == block_length - 1:
+            raise ValueError(
+                f"student.noise.known is set, but student.predict is {config.predict}: all tokens are predicted, and none is known; drop it"
+            )
         super().__init__(config, vocab_size, block_length)
 
     @property
