@@ -205,7 +205,10 @@ def markdown(config: AblationConfig, built: Report) -> str:
 def _reading(config: AblationConfig, of: Group, group: Report) -> str:
     trained = f"{group['steps']:,} steps of {group['rows']} rows, {of.recipe}."
     if of.measure == "heldout":
-        return f"Held-out figures, with the posterior noise of the text where the student takes noise. {trained}"
+        return (
+            "Held-out figures, with the posterior noise of the text where the student takes noise. That noise knows the text: they say how much a "
+            f"student reads of it, not how well it writes. {trained}"
+        )
     return (
         f"Perplexity under the judge at the entropy of held-out text, {config.sequences} sequences. The baseline's row is perplexity; the others are "
         f"over the baseline's of the same seed: below 1 is better. † where a frontier does not reach that entropy: its nearest end. {trained}"

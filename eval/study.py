@@ -67,11 +67,11 @@ class Study:
     """A report's inputs and pieces. Raises DatasetError or ValueError, before any work, for inputs that do not fit together."""
 
     def __init__(self, config: ReportConfig, show_progress: bool = True):
-        self.config, self.left_out = resolved(config)
-        config = self.config
-        self.folder, self.device = Path(config.output), device_of(config.device)
         self.heldout = NoiseDataset(config.heldout)
         self.vocab_size = self.heldout.codec.vocab_size
+        self.config, self.left_out = resolved(config, (self.vocab_size, self.heldout.block_length))
+        config = self.config
+        self.folder, self.device = Path(config.output), device_of(config.device)
         self.real_SL = full_rows(self.heldout, config.sequences)
         self.bos = int(self.real_SL[0, 0])
         self.students = {name: self._student(name) for name in config.systems}

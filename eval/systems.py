@@ -48,16 +48,18 @@ class Traced:
         return f"{self.system}-{asked}{swept}-n{d.noise_temperature:g}{nucleus}"
 
 
-def resolved(config: ReportConfig) -> tuple[ReportConfig, list[str]]:
-    """(the config with all systems and a baseline by name, what to say of students that were left out)."""
+def resolved(config: ReportConfig, shape: tuple[int, int]) -> tuple[ReportConfig, list[str]]:
+    """(the config with all systems and a baseline by name, what to say of students that were left out). shape: V and L of the held-out rows."""
     systems = dict(config.systems)
     notes: list[str] = []
     if config.students:
-        found, notes = discover(Path(config.students), config.nfe)
+        found, notes = discover(Path(config.students), config.nfe, shape)
         taken = {Path(system.student).resolve() for system in systems.values()}
         systems |= {name: system for name, system in found.items() if Path(system.student).resolve() not in taken and name not in systems}
     if not systems:
-        raise DatasetError(f"{config.students} holds no student of kind {', '.join(KINDS)}; train one with `python -m trainer`")
+        raise DatasetError(
+            f"{config.students} holds no student of kind {', '.join(KINDS)} for rows like the held-out ones; train one with `python -m trainer`"
+        )
     for name in (config.baseline, config.control):
         if name and name not in systems:
             raise ValueError(f"baseline or control is {name!r}, which is not among the systems: {', '.join(systems)}")
@@ -65,8 +67,8 @@ def resolved(config: ReportConfig) -> tuple[ReportConfig, list[str]]:
     return replace(config, systems=systems, students="", baseline=config.baseline or next(iter(plain), next(iter(systems)))), notes
 
 
-def discover(folder: Path, nfe: list[int]) -> tuple[dict[str, System], list[str]]:
-    """(name -> system of each student in the folder, by name; what was left out, in words). Raises DatasetError for a folder that is not there."""
+def discover(folder: Path, nfe: list[int], shape: tuple[int, int]) -> tuple[dict[str, System], list[str]]:
+    """(name -> system of each student of such rows, by name; what was left out, in words). Raises DatasetError for a folder that is not there."""
     if not folder.is_dir():
         raise DatasetError(f"students is {folder}, which is not a folder; give the folder that holds the students' folders")
     systems, notes = {}, []
@@ -74,8 +76,14 @@ def discover(folder: Path, nfe: list[int]) -> tuple[dict[str, System], list[str]
         if not (path / "student.json").exists():
             continue
         kind, noise = _about(str(path))
+        about = read_json(path / "student.json")
+        own = (about.get("vocab_size"), about.get("block_length"))
         if kind not in KINDS:
             notes.append(f"{path} is a student of kind {kind}, which does not write rows by itself: it is not in this report.")
+        elif own != shape:
+            notes.append(
+                f"{path} has vocabulary {own[0]} and block length {own[1]}, the held-out rows {shape[0]} and {shape[1]}: it is not in this report."
+            )
         elif noise.get("readout") and noise.get("kind") not in ("none", "independent"):
             systems[path.name] = System(str(path), noise_temperatures=_NOISE_TEMPERATURES, nfe=_own_nfe(path, kind, nfe))
         else:  # what does not use its noise, or samples at its output, is traced there

@@ -131,8 +131,13 @@ def test_texts_that_differ_are_near_ties_that_are_listed_or_an_error_or_in_half_
 
 
 def test_half_precision_writes_and_reports(world: Path, tmp_path: Path) -> None:
-    found = accept(world, tmp_path, "small", dtype="bfloat16", sequences=2, length=5, block=1)
-    assert found["systems"][0]["divergence"]["of"] == 2
+    found = accept(world, tmp_path, "small", dtype="bfloat16", sequences=60, length=L, block=3)
+    columns, _ = tables.read(Path(found["samples"]))
+    at_S = columns["1/differs_at"]
+    divergence = found["systems"][0]["divergence"]
+    assert divergence["of"] == 60 and divergence["rows"] == (at_S > 0).sum()
+    before = np.where(at_S > 0, at_S - 1, L - 1).sum()  # tokens that are equal, up to each row's first difference
+    assert divergence["a_token"] == pytest.approx((at_S > 0).sum() / (before + (at_S > 0).sum()))
 
 
 def test_help_teaches_what_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

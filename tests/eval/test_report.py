@@ -248,6 +248,8 @@ def test_all_students_of_a_folder_stand_beside_ar_with_mauve_and_wall_time(
     write_student(students / "ar", kind="ar", seed=5)
     write_blocks(students / "blocks")
     write_heads(students / "heads")
+    longer = build(StudentConfig(layers=1, hidden=16, heads=2), VOCAB, 2 * LENGTH)
+    save_student(students / "longer", longer, longer.state_dict(), {}, {})
     change = {
         "systems": {}, "students": str(students), "baseline": "", "control": "", "nfe": [1, 2, 4], "timing_rows": 4, "sequences": 30,
         "mauve": {"featuriser": str(world / "judge")},
@@ -260,6 +262,7 @@ def test_all_students_of_a_folder_stand_beside_ar_with_mauve_and_wall_time(
         "ar": ["7"], "blocks": ["2", "4"], "gumbel": ["1", "2", "4"], "plain": ["1", "2", "4"],
     }  # fmt: skip
     assert report["settings"]["baseline"] == "plain" and any("heads is a student of kind mtp" in line for line in report["warnings"])
+    assert any("longer has vocabulary 24 and block length 16, the held-out rows 24 and 8" in line for line in report["warnings"])
     assert set(report["reconstruction"]) == {"blocks", "gumbel", "plain"}
     pairs = [(line["system"], line["against"], line["nfe"], line["against_nfe"]) for line in report["comparisons"]]
     assert ("blocks", "plain", 2, 2) in pairs and ("plain", "ar", 4, 7) in pairs and not any(pair[0] == "ar" for pair in pairs)

@@ -27,6 +27,9 @@ KINDS = {
     "adaptive with noise": {"student": "gumbel", "sampler": "adaptive"},
     "ar student": {"student": "ar", "temperature": 0.8, "length": LENGTH},
     "causal LM": {"student": "judge", "top_k": 4, "length": LENGTH},
+    "blocks": {"student": "blocks", "nfe": 2},
+    "medusa": {"student": "medusa", "length": LENGTH},
+    "drafted": {"student": "teacher", "drafter": "gumbel", "length": LENGTH},
 }
 
 
@@ -38,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "long.jsonl").write_text(json.dumps({"ids": [5] * 9}))
     write_causal(folder / "small", 9, vocab_size=13)
     blocks = build(StudentConfig("bd3lm", layers=2, hidden=16, heads=2, block_size=3), VOCAB, LENGTH)
-    save_student(folder / "blocks", blocks, blocks.state_dict(), {}, {})
+    save_student(folder / "blocks", blocks, blocks.state_dict(), {}, {"dataset": str(folder / "heldout")})
     lines = [{"text": "w5 w6"}, {"text": ["w7 ", 2, " w8"]}, {"ids": [9, None, None, 10], "length": LENGTH}, {"ids": [None] * 7}]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "prefixes.jsonl").write_text('{"text": "w5 w6"}\n{"text": "w7", "length": 5}')
@@ -49,6 +52,8 @@ def config(world: Path, output: Path, **settings: object) -> SampleConfig:
     settings = {"student": "plain", "sequences": 11, "device": "cpu", **settings}
     if settings.get("sampler") == "adaptive":
         settings["auxiliary"] = str(world / "judge")
+    if settings.get("drafter"):
+        settings["drafter"] = str(world / str(settings["drafter"]))
     return SampleConfig(**{**settings, "student": str(world / str(settings["student"])), "output": str(output)})  # type: ignore[arg-type]
 
 
@@ -60,10 +65,11 @@ def equal(ours: SampleSet, theirs: SampleSet) -> bool:
 def test_a_set_is_the_same_at_any_batch_size_and_after_an_interruption(
     world: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    causal = KINDS[kind].get("student") in ("ar", "judge")
-    settings = {**KINDS[kind], "prompts": str(world / ("prefixes.jsonl" if causal else "prompts.jsonl"))}
+    kinds = {"ar": "Causal", "judge": "Causal", "blocks": "Block", "medusa": "Medusa", "teacher": "Drafted"}
+    writes = kinds.get(str(KINDS[kind].get("student")), "Masked")
+    settings = {**KINDS[kind], "prompts": str(world / ("prompts.jsonl" if writes in ("Block", "Masked") else "prefixes.jsonl"))}
     whole = sample_set(config(world, tmp_path / "a", **settings))
-    writer = writers.CausalWriter if causal else writers.MaskedWriter
+    writer = getattr(writers, f"{writes}Writer")
     real, calls = writer.__call__, []
 
     def stopping(self: object, *given: object) -> object:
@@ -116,10 +122,10 @@ def test_medusa_heads_write_their_backbones_own_samples_at_any_batch_size_in_no_
 def test_a_causal_lm_writes_its_own_samples_whoever_drafts(world: Path, tmp_path: Path, drafter: str, settings: dict) -> None:
     settings = {"length": LENGTH, **settings, "prompts": str(world / "prefixes.jsonl"), "sequences": 30, "student": "teacher"}
     alone = sample_set(config(world, tmp_path, **{name: value for name, value in settings.items() if name != "block"}))
-    drafted = sample_set(config(world, tmp_path / "a", **settings, drafter=str(world / drafter)))
+    drafted = sample_set(config(world, tmp_path / "a", **settings, drafter=drafter))
     assert all(np.array_equal(drafted.columns[name], alone.columns[name]) for name in ("input_ids", "length"))
     assert (drafted.columns["nfe"] <= alone.columns["nfe"]).all() and drafted.columns["nfe"].sum() < alone.columns["nfe"].sum()
-    assert equal(drafted, sample_set(config(world, tmp_path / "b", **settings, drafter=str(world / drafter), batch=7)))
+    assert equal(drafted, sample_set(config(world, tmp_path / "b", **settings, drafter=drafter, batch=7)))
 
 
 def test_a_shorter_length_is_a_shorter_row_and_bare_rows_are_a_thousand(world: Path, tmp_path: Path) -> None:
