@@ -62,9 +62,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# lm-eval comes last and apart: nothing else needs it, and where it cannot be had its tests are skipped.
+# Packages that one file of eval/ may use come last and apart: nothing else needs them, and where one cannot be had its tests are skipped.
 test: lint
-	@test -e .venv/harness || { $(PIP) install -q -c constraints.txt -e '.[zero-shot]' && touch .venv/harness; } || echo "lm-eval is not there: its tests are skipped"
+	@for extra in zero-shot mauve; do test -e .venv/$$extra || { $(PIP) install -q -c constraints.txt -e ".[$$extra]" && touch .venv/$$extra; } \
+		|| echo "$$extra cannot be installed: its tests are skipped"; done
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Real clusters whose workers, nodes and drivers are killed; several minutes.
