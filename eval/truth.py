@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from eval import tables
 from eval.causal import folder_identity
 from eval.decoding import Decoding
 from eval.exact import BOS
-from eval.factorised import accepted
+from eval.factorised import Places, accepted, factorised, valid_and_distance
 from eval.languages import LANGUAGES, Language, language
 from eval.metrics import Array
 from eval.reconstruct import reconstruct
@@ -92,7 +93,12 @@ def measured(config: TruthConfig, name: str, seed: int, system: str) -> Measured
     heldout = {**about, "rows": config.heldout_rows}
     returned_S = _kept(taught.folder / "reconstruction", system, heldout, lambda: _reconstructed(taught, system))
     drafts = {**about, "sequences": config.sequences}
-    return Measured(samples, returned_S, _kept(taught.folder / "acceptance", system, drafts, lambda: _accepted(taught, system)))
+    accepted_S = _kept(taught.folder / "acceptance", system, drafts, lambda: _accepted(taught, system))
+    if config.systems[system].kind != "none":
+        return Measured(samples, returned_S, accepted_S)
+    asked = {**about, "nfe": config.nfe}
+    computed_F2 = _kept(taught.folder / "computed", system, asked, lambda: _computed(taught, system, config.nfe))
+    return Measured(samples, returned_S, accepted_S, dict(zip(config.nfe, computed_F2.tolist(), strict=True)))
 
 
 def _kept(folder: Path, name: str, request: dict[str, Any], make: Any) -> Array:
@@ -107,6 +113,29 @@ def _reconstructed(taught: Taught, system: str) -> Array:
     device = device_of(taught.config.device)
     heldout = NoiseDataset(taught.folder / "heldout")
     return reconstruct(load_masked(str(taught.student(system)), device), heldout, taught.config.heldout_rows, 1, "random", taught.seed, device)
+
+
+def _computed(taught: Taught, system: str, nfe: list[int]) -> Array:
+    """Share of sentences and total variation of what a student without noise writes in so many calls, summed over all ways to write each: [F, 2]."""
+    known, device = taught.teacher, device_of(taught.config.device)
+    assert isinstance(known, Language)
+    given = functools.cache(functools.partial(chances, load_masked(str(taught.student(system)), device), known, device))
+    return np.array([valid_and_distance(known, factorised(known, calls, given)) for calls in nfe])
+
+
+@torch.inference_mode()
+def chances(student: Any, known: Language, device: str, places: Places) -> Array:
+    """A student's probability of every sentence's own token at every place, given those at `places`: float64 [M, L], 1 at these."""
+    ids_ML = torch.from_numpy(known.ids_ML)
+    rows_MP = blank_rows(student, len(ids_ML), known.length + 1, BOS)
+    rows_MP[:, [at + 1 for at in places]] = ids_ML[:, list(places)]
+    rows_UP, which_M = rows_MP.unique(dim=0, return_inverse=True)
+    open_O = [at for at in range(known.length) if at not in places]
+    p_UOV = student.logits(rows_UP.to(device)).double().softmax(1).view(len(rows_UP), len(open_O), -1).cpu()
+    chance_ML = torch.ones(ids_ML.shape, dtype=torch.float64)
+    chance_ML[:, open_O] = p_UOV[which_M].gather(2, ids_ML[:, open_O, None])[..., 0]
+    found: Array = chance_ML.numpy()
+    return found
 
 
 def _accepted(taught: Taught, system: str) -> Array:

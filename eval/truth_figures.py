@@ -11,6 +11,7 @@
 Figures of one seed are {value, low, high}: 95%, bootstrap over samples. valid: share of samples that are sentences. distance: total
 variation between the joint of the samples and the truth; a finite sample overstates it, so the teacher's own samples (rollouts
 from the same noise, as many) stand beside it as its floor, and its interval is the estimate and 1.96 standard deviations.
+Of a student without noise both are computed, over all ways to write each sentence: value, low and high are equal.
 reconstruction: share of held-out tokens that one call gives back from their noise. accepted: tokens of one call's draft that the
 teacher accepts. Shapes: S samples, L positions, M sentences, R replicates + 1.
 """
@@ -50,6 +51,8 @@ class Measured:
     """Share of each held-out row that one call gives back."""
     accepted_S: Array
     """Tokens of one call's draft that the teacher accepts."""
+    computed: dict[int, list[float]] | None = None
+    """NFE -> (valid, distance), exact, of a student without noise: its samples are not asked."""
 
 
 Cells = dict[tuple[str, int, str], Measured]
@@ -88,6 +91,9 @@ def _of_seed(config: TruthConfig, known: Language, seed: int, students: dict[str
     weights_RS = bootstrap_weights(config.sequences, config.replicates, seed)
     teacher = replicates(known, known.rollout(torch.arange(config.sequences), known.length + 1, seed).numpy(), weights_RS)
     found = {(system, nfe): replicates(known, ids_SL, weights_RS) for system, student in students.items() for nfe, ids_SL in student.samples.items()}
+    for system, student in students.items():
+        for nfe, figures in (student.computed or {}).items():
+            found[system, nfe] = {figure: np.full(len(weights_RS), value) for figure, value in zip(FIGURES, figures, strict=True)}
     constant = {(LIMIT, nfe): {figure: np.full(len(weights_RS), value) for figure, value in figures.items()} for nfe, figures in limit.items()}
     mean = functools.partial(_mean, config.replicates, seed)
     return {

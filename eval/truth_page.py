@@ -100,9 +100,8 @@ def show(truth: Report) -> None:
 
 
 def spread(value: dict[str, float], digits: int = 3) -> str:
-    if value["low"] == value["high"]:
-        return f"{value['mean']:.{digits}f}"
-    return f"{value['mean']:.{digits}f} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
+    mean, low, high = (f"{value[name]:.{digits}f}" for name in ("mean", "low", "high"))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _star(truth: Report, system: str, at: dict[str, Any], figure: str) -> str:

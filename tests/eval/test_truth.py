@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from eval.__main__ import main, parse
+from eval.decoding import Decoding
+from eval.factorised import factorised
 from eval.languages import language
 from eval.metrics import bootstrap_weights
-from eval.sampler import blank_rows
+from eval.sampler import blank_rows, sample
 from eval.study import load_masked
-from eval.truth import TruthConfig, build, measured
+from eval.truth import TruthConfig, build, chances, measured
 from eval.truth_figures import replicates
 from eval.truth_page import comparison_table, figure_table, markdown, one_call_table, show
 from trainer.config import NoiseConfig, OptimConfig, StudentConfig
@@ -75,6 +78,37 @@ def test_the_study_has_every_language_seed_system_and_nfe(built):
                     assert 1 - at["valid"]["value"] <= at["distance"]["value"] + 1e-12
             lines = {(line["system"], line["against"], line["nfe"]) for line in found["comparisons"]}
             assert lines == set(product(["gumbel"], ["none", "independent", "limit"], [1, 3]))
+
+
+def test_what_a_student_without_noise_writes_is_summed_over_all_orders(built, monkeypatch):
+    """Against brute force over orders, sentence by sentence, in float64; and against samples of the same student."""
+    config, truth = built
+    known, student = language("cities"), load_masked(str(config.taught("cities", 1).student("none")), "cpu").double()
+    with torch.no_grad():
+        student.model.embed_tokens.weight.mul_(8)  # opinions
+    expected_M = np.zeros(len(known.p_M))
+    for order in permutations(range(4)):
+        rows_ML = blank_rows(student, len(known.p_M), 5, 0)
+        chance_M = torch.ones(len(known.p_M), dtype=torch.float64)
+        for group in ((order[0], order[1]), (order[2],), (order[3],)):
+            open_L = [at for at in range(1, 5) if int(rows_ML[0, at]) == student.mask_id]
+            with torch.no_grad():
+                p_MOV = student.logits(rows_ML).softmax(1).view(len(rows_ML), len(open_L), -1)
+            for at in group:
+                chance_M *= p_MOV[:, open_L.index(at + 1)].gather(1, torch.from_numpy(known.ids_ML[:, [at]]))[:, 0]
+            for at in group:
+                rows_ML[:, at + 1] = torch.from_numpy(known.ids_ML[:, at])
+        expected_M += chance_M.numpy() / 24
+    q_M = factorised(known, 3, functools.partial(chances, student, known, "cpu"))
+    assert np.allclose(q_M, expected_M, rtol=1e-9) and q_M.sum() > 1e-4
+    ids_SL = sample(student, blank_rows(student, 20_000, 5, 0), torch.arange(20_000), 3, Decoding(3))[:, 1:].numpy()
+    seen_M = np.bincount(known.find(ids_SL) + 1, minlength=len(known.p_M) + 1)[1:]
+    expected = 20_000 * q_M.sum()
+    assert abs(seen_M.sum() - expected) < 4 * expected**0.5
+    found = truth["languages"]["cities"]["seeds"]["1"]["systems"]["none"]["nfe"]["3"]
+    assert found["valid"]["low"] == found["valid"]["value"] == found["valid"]["high"] > 0
+    monkeypatch.setattr("eval.truth.chances", None)
+    assert build(config) == truth, "computed once"
 
 
 def test_the_summary_is_of_the_seeds(built):
