@@ -69,13 +69,13 @@ def sample_blocks(
     length_B: Tensor | None = None,
     eos: int | None = None,
     keep: int | None = None,
-    given: tuple[Tensor, Tensor] | None = None,
+    given: KnownNoise | None = None,
 ) -> Written:
     """Fill the masked positions of int64 [B, L]; given tokens stay, and may stand anywhere.
 
     g_MV: noise at all masked positions of ids_BL in row-major order, drawn from the stream's prior where it is not given.
-    length_B: valid positions, where rows are padded (with any token but the mask). given: (where int64 [K], g float32 [K, V]), noise of given tokens
-    at flat positions b L + t, for a student that reads it.
+    length_B: valid positions, where rows are padded (with any token but the mask). given: noise of given tokens,
+    float32 [K, V], for a student that reads it.
     Raises ValueError for settings that would be ignored, and for rows that no window fits.
     """
     check_blocks(student, ids_BL, decoding, g_MV, keep)
@@ -129,7 +129,7 @@ class _Rows:
         decoding: Decoding,
         g_MV: Tensor | None,
         length_B: Tensor | None,
-        given: tuple[Tensor, Tensor] | None,
+        given: KnownNoise | None,
     ):
         self.student, self.seed, self.decoding, self.sequence_id_B, self._drawn_MV = student, seed, decoding, sequence_id_B, g_MV
         self._given = given
@@ -170,13 +170,11 @@ class _Rows:
         in_A_K, offset_K = written_AS.nonzero(as_tuple=True)
         where_K, g_KV = in_A_K * size + begin - first + offset_K, self.noise(at_A[in_A_K], begin + offset_K, 0)
         assert g_KV is not None
-        if self._given is not None:
-            number_B = torch.full_like(self.sequence_id_B, -1).index_copy(0, at_A, torch.arange(len(at_A), device=at_A.device))
-            row_K, position_K = self._given[0] // self.ids_BL.shape[1], self._given[0] % self.ids_BL.shape[1]
-            here_K = ((number_B[row_K] >= 0) & (begin <= position_K) & (position_K < stop)).nonzero()[:, 0]
-            where_K = torch.cat((where_K, number_B[row_K[here_K]] * size + position_K[here_K] - first))
-            g_KV = torch.cat((g_KV, self._given[1][here_K]))
-        return KnownNoise(where_K, g_KV)
+        written = KnownNoise(where_K, g_KV)
+        if self._given is None:
+            return written
+        number_B = torch.full_like(self.sequence_id_B, -1).index_copy(0, at_A, torch.arange(len(at_A), device=at_A.device))
+        return written.and_of(self._given.within(number_B, self.ids_BL.shape[1], first, begin, stop))
 
     def end(self, at_A: Tensor, start: int, stop: int, eos: int) -> None:
         """End rows at their first EOS in this block that was written past all given tokens."""

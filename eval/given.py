@@ -21,10 +21,11 @@ from eval.stream import NOISE_DRAW
 from noise import philox
 from noise.posterior import posterior_gumbel
 from noise.storage import weights_hash
+from trainer.conditioning import KnownNoise
 
 
-def given_noise(teacher: Auxiliary, temperature: float, given_BL: Tensor, sequence_id_B: Tensor, seed: int) -> tuple[Tensor, Tensor] | None:
-    """(where int64 [N], g float32 [N, V]) at flat positions b L + t, under which the teacher chooses the tokens; None where no token is given."""
+def given_noise(teacher: Auxiliary, temperature: float, given_BL: Tensor, sequence_id_B: Tensor, seed: int) -> KnownNoise | None:
+    """Noise under which the teacher chooses the given tokens, float32 [N, V]; None where no token is given."""
     before_BL = ((given_BL == BLANK).cumsum(1) == 0) & (torch.arange(given_BL.shape[1], device=given_BL.device) > 0)
     row_N, position_N = before_BL.nonzero(as_tuple=True)
     if not len(row_N):
@@ -34,7 +35,7 @@ def given_noise(teacher: Auxiliary, temperature: float, given_BL: Tensor, sequen
     logits_NV = teacher.logits_of(read_BP, row_N * width + position_N).float()
     rows_N5 = philox.rows(seed, sequence_id_B[row_N], position_N, NOISE_DRAW)
     g_NV = posterior_gumbel(torch.log_softmax(logits_NV / temperature, -1), given_BL[row_N, position_N], rows_N5)
-    return row_N * given_BL.shape[1] + position_N, g_NV
+    return KnownNoise(row_N * given_BL.shape[1] + position_N, g_NV)
 
 
 class GivenTeacher:
@@ -65,5 +66,5 @@ class GivenTeacher:
                 "shorten it, or drop given_teacher"
             )
 
-    def __call__(self, given_BL: Tensor, sequence_id_B: Tensor, seed: int) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, given_BL: Tensor, sequence_id_B: Tensor, seed: int) -> KnownNoise | None:
         return given_noise(self._teacher, self._temperature, given_BL, sequence_id_B, seed)

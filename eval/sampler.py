@@ -91,13 +91,13 @@ def sample_counted(
     g_MV: Tensor | None = None,
     length_B: Tensor | None = None,
     auxiliary: Auxiliary | None = None,
-    given: tuple[Tensor, Tensor] | None = None,
+    given: KnownNoise | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fill the masked positions of int64 [B, L]; given tokens stay. Returns (tokens int64 [B, L], NFE int64 [B]).
 
     g_MV: noise at the masked positions in row-major order, drawn from the stream's prior where it is not given.
     length_B: valid positions, where rows are padded (with any token but the mask). auxiliary: the small model of adaptive.
-    given: (where int64 [K], g float32 [K, V]), noise of given tokens at flat positions b L + t, for a student that reads it.
+    given: noise of given tokens, float32 [K, V], for a student that reads it.
     Raises ValueError for more function evaluations than unknown positions, and for settings that the student ignores.
     """
     _check(student, ids_BL, decoding, g_MV, auxiliary)
@@ -125,7 +125,7 @@ def _check(student: MaskedStudent, ids_BL: Tensor, decoding: Decoding, g_MV: Ten
         raise ValueError(f"the small causal LM has a vocabulary of {auxiliary.vocab_size}, the student of {student.vocab_size}; they must share one")
 
 
-def check_given(student: Any, given: tuple[Tensor, Tensor] | None) -> None:
+def check_given(student: Any, given: KnownNoise | None) -> None:
     """Raises ValueError for noise of given tokens that the student would not read."""
     if given is not None and not student.noise.known:
         raise ValueError("noise of given tokens is handed over, but the student reads none there (noise.known is false); drop it")
@@ -156,7 +156,7 @@ class _Rows:
         decoding: Decoding,
         g_MV: Tensor | None,
         length_B: Tensor | None,
-        given: tuple[Tensor, Tensor] | None,
+        given: KnownNoise | None,
     ):
         self.student, self.decoding, self.seed = student, decoding, seed
         self.view = View(student, decoding.lookahead, decoding.recompute, length_B)
@@ -200,13 +200,9 @@ class _Rows:
             return None
         length = self.ids_BL.shape[1]
         at_K = (~self.masked_M).nonzero()[:, 0]
-        where_K, g_KV = self.row_M[at_K] * length + self.position_M[at_K], self.g_MV[at_K]
-        if self.given is not None:
-            where_K, g_KV = torch.cat((where_K, self.given[0])), torch.cat((g_KV, self.given[1]))
-        moves_K = moving_B[where_K // length]
-        number_B = moving_B.cumsum(0) - 1
-        where_K, g_KV = where_K[moves_K], g_KV[moves_K]
-        return KnownNoise(number_B[where_K // length] * length + where_K % length, g_KV)
+        written = KnownNoise(self.row_M[at_K] * length + self.position_M[at_K], self.g_MV[at_K])
+        number_B = torch.where(moving_B, moving_B.cumsum(0) - 1, -1)
+        return written.and_of(self.given).within(number_B, length, 0, 0, length)
 
     def _scaled(self, g_NV: Tensor) -> Tensor:
         return tempered(g_NV, self.student.noise.kind, self.decoding.noise_temperature)

@@ -46,6 +46,20 @@ class KnownNoise:
         slot_P = (number_BM.flatten() >= 0).nonzero()[:, 0]
         return ShownNoise(slot_P, number_BM.flatten()[slot_P], self.g_KV)
 
+    def and_of(self, other: KnownNoise | None) -> KnownNoise:
+        """With that of other tokens of the same rows."""
+        if other is None:
+            return self
+        assert isinstance(self.g_KV, Tensor) and isinstance(other.g_KV, Tensor)
+        return KnownNoise(torch.cat((self.where_K, other.where_K)), torch.cat((self.g_KV, other.g_KV)))
+
+    def within(self, number_B: Tensor, length: int, first: int, start: int, stop: int) -> KnownNoise:
+        """Of rows of `length` with a number, int64 [B] (-1: none), from position `start` on, at places in the window from `first` to `stop`."""
+        assert isinstance(self.g_KV, Tensor)
+        number_K, position_K = number_B[self.where_K // length], self.where_K % length
+        at_K = ((number_K >= 0) & (start <= position_K) & (position_K < stop)).nonzero()[:, 0]
+        return KnownNoise(number_K[at_K] * (stop - first) + position_K[at_K] - first, self.g_KV[at_K])
+
     def cut(self, length: int, end_B: Tensor) -> KnownNoise:
         """The same for rows that end before end_B int64 [B], of which the widest is as wide as what is left."""
         row_K, position_K = self.where_K // length, self.where_K % length

@@ -193,7 +193,7 @@ def test_the_cache_changes_no_token_and_a_seed_names_a_text_at_any_batch_size(no
         ids_BL = blank_rows(student, 5, 9, bos=0).masked_fill(torch.arange(9) >= length_B[:, None], 0)
         ids_BL[1, 4:6] = 2  # given, inside
         at = {int(row): number for number, row in enumerate(which)}
-        given = (torch.tensor([at[1] * 9 + 4]), told_1V) if noise.known and 1 in at else None
+        given = KnownNoise(torch.tensor([at[1] * 9 + 4]), told_1V) if noise.known and 1 in at else None
         return sample_blocks(of, ids_BL[which], which, seed, decoding, length_B=length_B[which], given=given).ids_BL
 
     every, told_1V = torch.arange(5), 5 * torch.randn(1, V, generator=torch.Generator().manual_seed(1))
@@ -237,7 +237,7 @@ def test_known_tokens_have_the_noise_that_wrote_them_also_where_a_window_slides(
     student.input.known_scale.data.mul_(8)
     start_BL = blank_rows(student, 3, length, bos=0)
     start_BL[1, 3], start_BL[2, 5] = 4, 6
-    given = torch.tensor([length + 3]), 5 * torch.randn(1, V, generator=torch.Generator().manual_seed(1))  # of row 1; row 2's has none
+    given = KnownNoise(torch.tensor([length + 3]), 5 * torch.randn(1, V, generator=torch.Generator().manual_seed(1)))  # of row 1; row 2's has none
     found = sample_blocks(Doubled(student), start_BL, which, 4, decoding, given=given)
     assert not torch.equal(found.ids_BL[1], sample_blocks(Doubled(student), start_BL, which, 4, decoding).ids_BL[1])
     for row in range(3):
@@ -245,7 +245,7 @@ def test_known_tokens_have_the_noise_that_wrote_them_also_where_a_window_slides(
         g_LV = 0.7 * sampling_noise(4, torch.tensor([row]), torch.ones(1, length, dtype=torch.bool), V).double()
         has_L = start_BL[row] == student.mask_id
         if row == 1:
-            g_LV[3], has_L[3] = given[1][0].double(), True
+            g_LV[3], has_L[3] = given.g_KV[0].double(), True
         for at in range(1, length):
             if ids_L[at] != student.mask_id:
                 continue

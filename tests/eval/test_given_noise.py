@@ -127,15 +127,17 @@ def test_a_row_is_written_in_a_batch_as_it_is_alone_with_and_without_noise_of_gi
     student = load_masked(str(world / name), "cpu")
     ids_BL, sequence_id_B = started(student), torch.arange(5) + 40
     decoding = Decoding(output="argmax" if student.noise.readout else "sample", **settings)
-    given = torch.tensor([LENGTH + 2, 3 * LENGTH + 5, 3 * LENGTH + 7]), 10 * torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
+    given = KnownNoise(
+        torch.tensor([LENGTH + 2, 3 * LENGTH + 5, 3 * LENGTH + 7]), 10 * torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
+    )
     found = []
     for noise in (None, given):
         together = sample_counted(student, ids_BL, sequence_id_B, 9, decoding, auxiliary=small_model(decoding), given=noise)
         for row in range(5):
-            here_K = given[0] // LENGTH == row
+            here_K = given.where_K // LENGTH == row
             alone = sample_counted(
                 student, ids_BL[row : row + 1], sequence_id_B[row : row + 1], 9, decoding, auxiliary=small_model(decoding),
-                given=None if noise is None else (noise[0][here_K] - row * LENGTH, noise[1][here_K]),
+                given=None if noise is None else KnownNoise(noise.where_K[here_K] - row * LENGTH, noise.g_KV[here_K]),
             )  # fmt: skip
             assert torch.equal(together[0][row], alone[0][0]) and torch.equal(together[1][row], alone[1][0])
         found.append(together[0])
@@ -148,8 +150,8 @@ def test_posterior_noise_of_given_tokens_makes_the_teacher_choose_them(world: Pa
     teacher = CausalLM(str(world / "teacher"))
     given_BL = torch.tensor([[0, 5, 6, BLANK, 7], [0, BLANK, 4, 4, 4], [0, 23, 1, 9, BLANK]])
     told = given_noise(teacher, temperature, given_BL, torch.tensor([4, 5, 6]), seed)
-    assert told is not None and told[0].tolist() == [1, 2, 11, 12, 13]
-    for where, g in zip(told[0].tolist(), told[1], strict=True):
+    assert told is not None and told.where_K.tolist() == [1, 2, 11, 12, 13]
+    for where, g in zip(told.where_K.tolist(), told.g_KV, strict=True):
         row, position = divmod(where, 5)
         with torch.no_grad():
             log_p = torch.log_softmax(teacher.model(input_ids=given_BL[row : row + 1, :position]).logits[0, -1] / temperature, -1)
@@ -190,7 +192,7 @@ def test_with_the_teacher_at_hand_prompts_carry_the_noise_that_makes_it_choose_t
     assert ids_1L[0].tolist() == ids_of(made)[0].tolist()
     sample_counted(student, start_1L, torch.tensor([0]), 1, Decoding(3, noise_temperature=0.5, output="argmax"), given=told)  # theirs is as it is
     for _, known in student.heard:
-        assert isinstance(known, KnownNoise) and known.where_K.tolist()[-2:] == [1, 2] and torch.equal(known.g_KV[-2:], told[1])
+        assert isinstance(known, KnownNoise) and known.where_K.tolist()[-2:] == [1, 2] and torch.equal(known.g_KV[-2:], told.g_KV)
 
 
 def test_reconstruction_tells_each_step_the_posterior_noise_of_what_came_back(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +224,7 @@ def test_what_would_be_ignored_is_refused(world: Path, tmp_path: Path, settings:
 
 def test_noise_of_given_tokens_is_refused_by_a_student_that_reads_none(world: Path) -> None:
     plain = load_masked(str(world / "gumbel"), "cpu")
-    given = torch.tensor([1]), torch.zeros(1, VOCAB)
+    given = KnownNoise(torch.tensor([1]), torch.zeros(1, VOCAB))
     with pytest.raises(ValueError, match="noise of given tokens is handed over"):
         sample_counted(plain, started(plain), torch.arange(5), 1, Decoding(2), given=given)
 
@@ -239,7 +241,7 @@ def test_the_teacher_of_the_dataset_is_read_at_its_temperature(world: Path, tmp_
     told, expected = (
         ask(given_BL, torch.tensor([2]), 8) for ask in (teacher, lambda *rest: given_noise(CausalLM(str(world / "teacher")), 0.5, *rest))
     )
-    assert told is not None and expected is not None and torch.equal(told[1], expected[1]) and teacher.identity["temperature"] == 0.5
+    assert told is not None and expected is not None and torch.equal(told.g_KV, expected.g_KV) and teacher.identity["temperature"] == 0.5
 
 
 def test_a_report_refuses_fresh_noise_for_such_a_student_before_anything_is_drawn(world: Path) -> None:
