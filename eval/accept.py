@@ -32,8 +32,10 @@ from eval.accept_figures import figures
 from eval.accept_rows import Begun, Source, source_of
 from eval.causal import CausalLM
 from eval.config import AcceptConfig
+from eval.given import GivenTeacher
 from eval.metrics import Array, bootstrap_weights
 from eval.progress import Progress
+from eval.prompts import BLANK
 from eval.referee import Held, Rejection, Rule, SharedNoise
 from eval.speculative import Drafter, Written, speculate
 from eval.study import device_of
@@ -52,6 +54,8 @@ class System:
     name: str
     rule: str
     drafter: Drafter
+    given_teacher: GivenTeacher | None
+    """gives it the posterior noise of prompts"""
 
 
 def build(config: AcceptConfig) -> dict[str, Any]:
@@ -69,7 +73,7 @@ def build(config: AcceptConfig) -> dict[str, Any]:
         "format_version": samples.FORMAT_VERSION, "teacher": teacher.identity, "dtype": config.dtype, "rows": source.request,
         "students": [drafting.identity_of(name) for name in config.students],
         "block": config.block, "nfe": config.nfe, "sight": config.sight, "seed": str(config.seed), "sequences": sequences, "batch": config.batch,
-        "device": device, **({"packed": True} if config.packed else {}),
+        "device": device, **{name: True for name in ("packed", "given_noise") if getattr(config, name)},
     }  # fmt: skip
     path = tables.piece(Path(config.output) / "accept", Path(config.teacher).name, request)
     run = Run(config, teacher, systems, source)
@@ -82,7 +86,8 @@ def build(config: AcceptConfig) -> dict[str, Any]:
     labels = [(system.name, system.rule) for system in systems]
     report = figures(labels, columns, bootstrap_weights(sequences, config.replicates, config.seed), config.dtype, tolerance(config.dtype))
     report["settings"] = {
-        name: getattr(config, name) for name in ("teacher", "rows", "prompts", "block", "nfe", "sight", "dtype", "packed", "seed", "batch")
+        name: getattr(config, name)
+        for name in ("teacher", "rows", "prompts", "given_noise", "block", "nfe", "sight", "dtype", "packed", "seed", "batch")
     }
     report["settings"] |= {"length": source.length, "sequences": sequences}
     report["request"], report["samples"] = request, str(path)
@@ -137,7 +142,11 @@ class Run:
 
     def _drafted(self, begun: Begun, system: System) -> Written:
         rule: Rule = self._rule(begun, self._config.block + 1 + system.drafter.span, system.rule)
-        return speculate(self._teacher, system.drafter, rule, begun.given_BP, begun.given_B, begun.limit_B, self._config.block)
+        given = None
+        if system.given_teacher:
+            blank_BP = torch.arange(begun.given_BP.shape[1], device=begun.given_B.device) >= begun.given_B[:, None]
+            given = system.given_teacher(begun.given_BP.masked_fill(blank_BP, BLANK), begun.sequence_id_B, self._config.seed)
+        return speculate(self._teacher, system.drafter, rule, begun.given_BP, begun.given_B, begun.limit_B, self._config.block, given)
 
     def _plain(self, begun: Begun) -> Tensor:
         """The teacher alone, in the loop that writes datasets."""
@@ -190,9 +199,13 @@ def _systems(config: AcceptConfig, teacher: CausalLM, students: dict[str, Any]) 
         if getattr(config, setting) != default and not set(kinds.values()) & set(takers):
             raise ValueError(f"{setting} is {getattr(config, setting)}, which only students of kind {' and '.join(takers)} read; drop it")
     systems = []
+    reads = {name for name, student in students.items() if config.given_noise and kinds[name] != "ar" and student.noise.known}
+    if config.given_noise and not reads:
+        raise ValueError("given_noise is set, but no student reads the noise of known tokens (noise.known); drop it")
     for name, student in students.items():
+        given_teacher = GivenTeacher(config.teacher, student, str(teacher.device), teacher) if name in reads else None
         drafter = drafting.drafter_for(student, teacher, config.nfe, config.sight)
         noise = "none" if isinstance(student, CausalLM) else student.noise.kind
         rules = [SHARED] + ([REJECTION] if noise in ("none", "independent") and not config.rows else [])
-        systems += [System(Path(name).name, rule, drafter) for rule in rules]
+        systems += [System(Path(name).name, rule, drafter, given_teacher) for rule in rules]
     return systems

@@ -15,11 +15,10 @@ from torch import Tensor
 from eval import drafting
 from eval.causal import CausalLM, folder_identity, model_identity
 from eval.config import SampleConfig
-from eval.decoding import Decoding, restricted_log_probs
-from eval.drafters import MedusaDrafter
+from eval.decoding import Decoding
+from eval.given import GivenTeacher, given_teacher
 from eval.prompts import Prompts, prefix_lengths
-from eval.referee import Held, SharedNoise, prior
-from eval.speculative import Drafter, speculate
+from eval.speculative import Drafter
 from eval.study import device_of
 from trainer.students import load_student
 
@@ -64,6 +63,7 @@ class _Drafted:
     seed: int
     decoding: Decoding
     vocab_size: int
+    given_teacher: GivenTeacher | None = None
     asked = 0
 
     def settings(self) -> dict[str, Any]:
@@ -71,14 +71,16 @@ class _Drafted:
 
     def prepare(self, prompts: Prompts) -> None:
         prefix_lengths(prompts)
+        if self.given_teacher:
+            self.given_teacher.check(prompts.given_PL)
 
     def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given_BL, length_B, sequence_id_B = (part.to(self.lm.device) for part in (given_BL, length_B, sequence_id_B))
         given_B = prefix_lengths(Prompts(given_BL, length_B))
-        span = self.block + 1 + self.drafter.span
-        noise = Held(prior(self.seed, sequence_id_B, self.vocab_size), len(given_B), span, self.vocab_size, self.lm.device)
-        rule = SharedNoise(lambda logits_NV: restricted_log_probs(logits_NV, self.decoding), noise, self.decoding.temperature)
-        written = speculate(self.lm, self.drafter, rule, given_BL.clamp_min(0), given_B, length_B, self.block)
+        given = self.given_teacher(given_BL, sequence_id_B, self.seed) if self.given_teacher else None
+        written = drafting.write_drafted(
+            self.lm, self.drafter, self.block, self.decoding, self.seed, given_BL.clamp_min(0), given_B, length_B, sequence_id_B, given
+        )
         wide = given_BL.shape[1] - written.ids_BL.shape[1]
         return torch.nn.functional.pad(written.ids_BL, (0, wide)), length_B, written.calls_B
 
@@ -89,22 +91,20 @@ class MedusaWriter(_Drafted):
     def __init__(self, config: SampleConfig):
         _refuse_masked_settings(config, "has heads on a causal LM, which fill no masks")
         self.student, self.seed = loaded(config.student, device_of(config.device)), config.seed
-        base = self.student.base
-        _refuse_argmax(config, f"take the backbone itself, {base.folder}")
-        self.lm = CausalLM(str(base.folder), device_of(config.device), model=base.model)
-        self.drafter = MedusaDrafter(self.student, True)
+        _refuse_argmax(config, f"take the backbone itself, {self.student.base.folder}")
+        self.lm, self.drafter = drafting.with_heads(self.student, device_of(config.device))
         self.block, self.decoding = self.drafter.most, Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
         self.vocab_size, self.longest, self.label = self.lm.vocab_size, self.student.block_length, "drafted-by-heads"
         self.limit = config.student
         self.identity = folder_identity(Path(config.student))
-        self.tokenizer = trained_tokenizer(self.student.provenance) or str(base.folder)
+        self.tokenizer = trained_tokenizer(self.student.provenance) or self.lm.name
 
 
 class DraftedWriter(_Drafted):
     """A causal LM or an `ar` student, for which another student drafts."""
 
     def __init__(self, config: SampleConfig, about: dict[str, Any] | None):
-        _refuse_masked_settings(replace(config, nfe=0), "is a causal LM, which fills no masks")
+        _refuse_masked_settings(replace(config, nfe=0, given_teacher=""), "is a causal LM, which fills no masks")
         _refuse_argmax(config, "drop drafter")
         self.lm, self.seed = CausalLM(config.student, device_of(config.device), packed=config.packed), config.seed
         student = drafting.load(config.drafter, self.lm)
@@ -113,6 +113,7 @@ class DraftedWriter(_Drafted):
             raise ValueError(f"nfe is {config.nfe}, but the drafter {config.drafter} is {kind}, which takes what it takes; drop it")
         self.drafter = drafting.drafter_for(student, self.lm, config.nfe or 1, 0)
         self.block, self.decoding = config.block, Decoding(1, config.temperature, nucleus=config.nucleus, top_k=config.top_k)
+        self.given_teacher = _given_by(self.lm, student, config)
         self._nfe, self._drafter = config.nfe or 1, drafting.identity_of(config.drafter)
         own = about["block_length"] if about else self.lm.max_length or 2**24
         reads = drafting.longest(student) or own
@@ -121,7 +122,18 @@ class DraftedWriter(_Drafted):
         self.tokenizer = trained_tokenizer(about["provenance"]) if about else config.student
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "drafter": self._drafter, "block": self.block, "nfe": self._nfe}
+        others = {"given_teacher": self.given_teacher.identity} if self.given_teacher else {}
+        return {**super().settings(), "drafter": self._drafter, "block": self.block, "nfe": self._nfe, **others}
+
+
+def _given_by(lm: CausalLM, drafter: Any, config: SampleConfig) -> GivenTeacher | None:
+    """The LM itself, as the teacher of its drafter, where it is named. Raises ValueError where another is."""
+    about = f"given_teacher is {config.given_teacher!r}, but"
+    if config.given_teacher and config.given_teacher != config.student:
+        raise ValueError(f"{about} drafts are judged by {config.student}; give that one, or drop it")
+    if config.given_teacher and isinstance(drafter, CausalLM):
+        raise ValueError(f"{about} the drafter {config.drafter} is a causal LM, which reads no noise; drop it")
+    return given_teacher(config, drafter, str(lm.device), lm)
 
 
 def _settings(decoding: Decoding, lm: CausalLM) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class SampleConfig:
     """Samples of one student."""
 
     student: str
-    """Folder of a trained mdlm, bd3lm, ar or medusa student, or a causal LM: a folder or hub id."""
+    """Folder of a trained mdlm, bd3lm, mtp, medusa or ar student, or a causal LM: a folder or hub id."""
     output: str
     """Folder where the sample set is kept, and found again by the same command."""
     bos: int = -1
@@ -166,9 +166,10 @@ class SampleConfig:
     token a forward. adaptive: from left to right, as many as a small causal LM agrees with (arXiv 2506.00413)."""
     nfe: int = 0
     """Function evaluations, forwards of the student for one sequence: 1 to the unknown positions with even, steps with ancestral (0: 8);
-    first_hitting and adaptive take what they take. bd3lm: of one block (0: its positions). The forwards really made are counted and printed."""
+    first_hitting and adaptive take what they take. bd3lm: of one block (0: its positions). mtp: each writes at most the tokens that it predicts (0:
+    as few as do). The forwards really made are counted and printed."""
     order: OrderName = "random"
-    """Which positions even and ancestral reveal first. confidence: the surest of the moment."""
+    """Which positions even and ancestral reveal first. confidence: the surest of the moment. An mtp student writes from left to right."""
     auxiliary: str = ""
     """The small causal LM of adaptive, in the student's tokens: a folder or hub id."""
     student_weight: float = 0.5
@@ -191,7 +192,8 @@ class SampleConfig:
     """JSONL of prompts or texts with blanks; sequence i takes line i modulo their number. Perplexity counts given tokens too. Empty: BOS alone."""
     given_teacher: str = ""
     """The teacher, for a student that reads the noise of known tokens (noise.known): prompts then carry the posterior noise that makes it choose
-    them, up to a row's first blank, as the teacher reads from left to right. Empty: given tokens carry no noise."""
+    them, up to a row's first blank, as the teacher reads from left to right. Empty: given tokens carry no noise. With a drafter it is the causal LM
+    itself, which reads the prompt once more for it."""
     length: int = 0
     """Positions of a row, BOS included; 0: the student's block, or a causal LM's context, or its drafter's. A bd3lm student writes longer too."""
     eos: int = -1
@@ -247,7 +249,7 @@ class ReconstructConfig:
     """Token accuracy of one student when all tokens are masked and the posterior noise of held-out rows is given."""
 
     student: str
-    """Folder of a trained mdlm student."""
+    """Folder of a trained mdlm, bd3lm or mtp student."""
     heldout: str
     """Dataset of held-out rows with noise."""
     nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
@@ -282,6 +284,9 @@ class AcceptConfig:
     """Noise dataset: its rows are written from their own noise. Empty: samples."""
     prompts: str = ""
     """JSONL of prompts; sequence i takes line i modulo their number. Empty: BOS alone."""
+    given_noise: bool = False
+    """Give students that read the noise of known tokens (noise.known) the posterior noise of their prompt's, under the teacher, which must be the one
+    of their dataset. That takes a call of it before the first draft, which is counted."""
     bos: int = -1
     """Token at position 0 of a sample; -1: BOS of the tokenizer, or EOS where it has none."""
     tokenizer: str = ""
@@ -323,6 +328,8 @@ class AcceptConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if 0 < self.sight < self.block:
             raise ValueError(f"sight is {self.sight}, less than the {self.block} tokens of a draft; raise it, or give 0")
+        if self.given_noise and not self.prompts:
+            raise ValueError("given_noise is set, but nothing is given: prompts is empty; give prompts, or drop it")
         usual = {"prompts": "", "bos": -1, "tokenizer": "", "length": 0, "temperature": 1.0, "nucleus": 1.0, "top_k": 0}
         for name, default in usual.items():
             if self.rows and getattr(self, name) != default:

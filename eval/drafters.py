@@ -8,7 +8,8 @@
     ar        any small causal LM, token by token with a cache: classic speculative decoding
 
 Drafters whose logits were made with the noise guess their argmax; the others' logits are the referee's to choose from (referee). One that reads the
-noise of known tokens (noise.known) is told that of all written ones; a prompt's carry none.
+noise of known tokens (noise.known) is told that of all written ones, and that of given
+ones which the caller names.
 Shapes: A rows, L positions, N masked positions (row-major), J places of a medusa student, V vocabulary.
 """
 
@@ -83,7 +84,9 @@ class _Alone:
         place_L = torch.arange(shown_AL.shape[1], device=shown_AL.device)
         told_AL = (shown_AL != self.student.mask_id) & (place_L >= rows.given_A[:, None].clamp_min(since)) & (place_L < end_A[:, None])
         at_K, position_K = told_AL.nonzero(as_tuple=True)
-        return {"known": KnownNoise(at_K * len(place_L) + position_K, rule.given(rows.row_A[at_K], position_K, self.student.noise.kind))}
+        written = KnownNoise(at_K * len(place_L) + position_K, rule.given(rows.row_A[at_K], position_K, self.student.noise.kind))
+        number_A, wide = torch.arange(len(rows.row_A), device=shown_AL.device), rows.ids_AL.shape[1]
+        return {"known": written.and_of(rows.given and rows.given.within(number_A, wide, 0, since, len(place_L)))}
 
 
 class MaskedDrafter(_Alone):

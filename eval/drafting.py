@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from eval.causal import CausalLM, folder_identity, model_identity
-from eval.drafters import CausalDrafter, drafter_of
-from eval.speculative import Drafter
+from eval.decoding import Decoding, restricted_log_probs
+from eval.drafters import CausalDrafter, MedusaDrafter, drafter_of
+from eval.referee import Held, SharedNoise, prior
+from eval.speculative import Drafter, Written, speculate
 from noise.identity import differences
 from noise.storage import DatasetError, read_json, weights_hash
 from pipeline.config import Teacher as TeacherConfig
 from pipeline.teacher import locate
 from pipeline.tokenizer import tokenizer_hash
+from trainer.conditioning import KnownNoise
 from trainer.students import load_student
 
 
@@ -55,6 +60,32 @@ def drafter_for(student: Any, teacher: CausalLM, nfe: int, sight: int) -> Drafte
     if isinstance(student, CausalLM):
         return CausalDrafter(student)
     return drafter_of(student, nfe, sight, weights_hash(_folder(teacher)) if student.config.kind == "medusa" else "")
+
+
+def with_heads(student: Any, device: str) -> tuple[CausalLM, Drafter]:
+    """The backbone of a loaded medusa student as a causal LM, read in the student's own dtype, and its heads as that one's drafter."""
+    return CausalLM(str(student.base.folder), device, model=student.base.model), MedusaDrafter(student, True)
+
+
+def write_drafted(
+    lm: CausalLM,
+    drafter: Drafter,
+    block: int,
+    decoding: Decoding,
+    seed: int,
+    given_BP: Tensor,
+    given_B: Tensor,
+    length_B: Tensor,
+    sequence_id_B: Tensor,
+    given: KnownNoise | None = None,
+) -> Written:
+    """What `lm` alone writes from the noise of this seed, after the first given_B tokens of given_BP, int64, up to length_B tokens.
+
+    Of `decoding`, temperature, top_k and nucleus are used. given: as in speculate.
+    """
+    noise = Held(prior(seed, sequence_id_B, lm.vocab_size), len(given_B), block + 1 + drafter.span, lm.vocab_size, lm.device)
+    rule = SharedNoise(lambda logits_NV: restricted_log_probs(logits_NV, decoding), noise, decoding.temperature)
+    return speculate(lm, drafter, rule, given_BP, given_B, length_B, block, given)
 
 
 def _folder(teacher: CausalLM) -> Path:

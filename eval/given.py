@@ -16,6 +16,7 @@ from torch import Tensor
 from eval.adaptive import Auxiliary
 from eval.causal import CausalLM
 from eval.cautions import recorded_teacher, teacher_temperature
+from eval.config import SampleConfig
 from eval.prompts import BLANK
 from eval.stream import NOISE_DRAW
 from noise import philox
@@ -38,14 +39,22 @@ def given_noise(teacher: Auxiliary, temperature: float, given_BL: Tensor, sequen
     return KnownNoise(row_N * given_BL.shape[1] + position_N, g_NV)
 
 
-class GivenTeacher:
-    """The teacher of a student's dataset. Raises ValueError where its noise would not be read, or where it is another model."""
+def given_teacher(config: SampleConfig, student: Any, device: str, lm: CausalLM | None = None) -> GivenTeacher | None:
+    """The one that a config names, if it does. Raises ValueError, as GivenTeacher does, and where nothing is given."""
+    if config.given_teacher and not config.prompts:
+        raise ValueError(f"given_teacher is {config.given_teacher!r}, but nothing is given: prompts is empty; give prompts, or drop it")
+    return GivenTeacher(config.given_teacher, student, device, lm) if config.given_teacher else None
 
-    def __init__(self, name: str, student: Any, device: str):
+
+class GivenTeacher:
+    """The teacher of a student's dataset; `lm` is it where it is loaded already. Raises ValueError where its noise would not be read, or where it
+    is another model."""
+
+    def __init__(self, name: str, student: Any, device: str, lm: CausalLM | None = None):
         about = f"given_teacher is {name!r}, but"
         if not (student.noise.known and student.noise.informed):
             raise ValueError(f"{about} the student reads no posterior noise at known tokens (noise.known, and a noise.kind of the text); drop it")
-        self._teacher = CausalLM(name, device)
+        self._teacher = lm or CausalLM(name, device)
         if self._teacher.vocab_size != student.vocab_size:
             raise ValueError(
                 f"{about} it has a vocabulary of {self._teacher.vocab_size}, the student of {student.vocab_size}; give the teacher of its dataset"

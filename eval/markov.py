@@ -92,7 +92,7 @@ class ExactMarginals:
     """
 
     def __init__(self, teacher: MarkovTeacher, length: int):
-        self.vocab_size, self.mask_id, self.block_length = teacher.vocab_size, teacher.vocab_size, length
+        self.vocab_size, self.mask_id, self.block_length, self.ahead = teacher.vocab_size, teacher.vocab_size, length, 0
         self.noise = NoiseConfig()
         powers = [torch.eye(self.vocab_size, dtype=torch.float64)]
         for _ in range(length):

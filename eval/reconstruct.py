@@ -73,7 +73,8 @@ def returned(
 ) -> Array:
     """Which tokens come back, int8 [S, L]: 1 or 0, -1 where a token is given.
 
-    A bd3lm student spends its nfe evenly on its blocks, one after the other. Raises DatasetError where the dataset has no noise.
+    An mtp student writes from left to right. A bd3lm student spends its nfe evenly on its blocks, one after the other. Raises DatasetError
+    where the dataset has no noise.
     """
     if dataset.extraction == "none":
         raise DatasetError(
@@ -90,7 +91,8 @@ def returned(
             decoding = Decoding(nfe=nfe // student.blocks, output="argmax", order=order)
             returned_BL = sample_blocks(student, ids_BL, batch.sequence_id_B, seed, decoding, g_MV).ids_BL
         else:
-            returned_BL = sample(student, ids_BL, batch.sequence_id_B, seed, Decoding(nfe=nfe, output="argmax", order=order), g_MV)
+            decoding = Decoding(nfe=nfe, output="argmax", order="left_to_right" if student.ahead else order)
+            returned_BL = sample(student, ids_BL, batch.sequence_id_B, seed, decoding, g_MV)
         same_BL = (returned_BL == batch.input_ids_BL).to(torch.int8)
         found.append(same_BL.masked_fill(~valid_BL, -1).cpu().numpy())
         done(len(ids_BL))

@@ -8,6 +8,8 @@ Every random number is the noise stream's (see stream), so a seed names a sample
 sequence and held through all steps, or anew in each step with fresh_noise. The same seed and sequence_id give the same
 tokens at any batch size, up to float rounding of the student's forward.
 
+An mtp student writes from left to right, and is shown the next masks alone, as many as it predicts.
+
 A student that reads the noise of known tokens (`noise.known`) is given, for each token that it has written, the noise that it wrote it from;
 tokens that were given have the noise that the caller names (the posterior, where a teacher is at hand: given), as it is, or none.
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from eval.adaptive import Auxiliary, accepted, target_scores
-from eval.decoding import Decoding, choose, restricted_log_probs
+from eval.decoding import Decoding, OrderName, SamplerName, choose, restricted_log_probs
 from eval.schedules import confidence_rank, fixed_rank, known_after, reveal_times
 from eval.stream import NOISE_DRAW, OUTPUT_DRAW, step_seed, stream_uniform
 from eval.view import View
@@ -41,6 +43,8 @@ class MaskedStudent(Protocol):
     vocab_size: int
     mask_id: int
     noise: Any
+    ahead: int
+    """masked positions that it may be shown, the next ones; 0: any"""
 
     def logits(self, ids_BL: Tensor, g_NV: Tensor | None) -> Tensor: ...
 
@@ -101,6 +105,7 @@ def sample_counted(
     Raises ValueError for more function evaluations than unknown positions, and for settings that the student ignores.
     """
     _check(student, ids_BL, decoding, g_MV, auxiliary)
+    check_ahead(student, ids_BL == student.mask_id, length_B, decoding)
     check_given(student, given)
     rows = _Rows(student, ids_BL, sequence_id_B, seed, decoding, g_MV, length_B, given)
     if auxiliary is not None:
@@ -123,6 +128,41 @@ def _check(student: MaskedStudent, ids_BL: Tensor, decoding: Decoding, g_MV: Ten
         )
     if auxiliary is not None and auxiliary.vocab_size != student.vocab_size:
         raise ValueError(f"the small causal LM has a vocabulary of {auxiliary.vocab_size}, the student of {student.vocab_size}; they must share one")
+
+
+def ordered(student: Any, sampler: SamplerName, order: OrderName) -> OrderName:
+    """The order that is asked for; an mtp student has one alone. Raises ValueError where another, or a sampler with its own, was named."""
+    if not student.ahead:
+        return order
+    if order == "confidence" or sampler != "even":
+        raise ValueError(f"sampler is {sampler} and order {order}, but an mtp student writes from left to right, in even groups; drop them")
+    return "left_to_right"
+
+
+def check_ahead(student: Any, unknown_BL: Tensor, length_B: Tensor | None, decoding: Decoding) -> None:
+    """Raises ValueError for what an mtp student cannot fill: it writes from left to right, at most `ahead` tokens a forward."""
+    if not student.ahead:
+        return
+    if decoding.sampler != "even" or decoding.order != "left_to_right":
+        raise ValueError(
+            f"sampler is {decoding.sampler} and order {decoding.order}, but an mtp student writes from left to right, in even groups; take "
+            "sampler even and order left_to_right"
+        )
+    unknown_B = unknown_BL.sum(1)
+    most = int(unknown_B.max())
+    end_B = unknown_BL.shape[1] if length_B is None else length_B
+    if bool((unknown_BL.int().argmax(1) + unknown_B != end_B)[unknown_B > 0].any()):
+        raise ValueError("a row has tokens after its first unknown one, which an mtp student would not see; give them to a masked student")
+    if student.config.context == "row" and most > student.ahead:
+        raise ValueError(
+            f"a row has {most} unknown positions, but the student has learnt the last {student.ahead} of a row alone (student.context: row); give "
+            "longer prompts, or train one with context drawn"
+        )
+    if -(-most // decoding.nfe) > student.ahead:
+        raise ValueError(
+            f"nfe is {decoding.nfe}, but the student writes at most {student.ahead} tokens a forward, and a row has {most} unknown ones; "
+            f"raise nfe to at least {-(-most // student.ahead)}"
+        )
 
 
 def check_given(student: Any, given: KnownNoise | None) -> None:
@@ -159,7 +199,7 @@ class _Rows:
         given: KnownNoise | None,
     ):
         self.student, self.decoding, self.seed = student, decoding, seed
-        self.view = View(student, decoding.lookahead, decoding.recompute, length_B)
+        self.view = View(student, decoding.lookahead or student.ahead, decoding.recompute, length_B)
         self.ids_BL = ids_BL.clone()
         unknown_BL = ids_BL == student.mask_id
         self.unknown_B = unknown_BL.sum(1)

@@ -82,7 +82,7 @@ def _masked(config: ReconstructConfig) -> Any:
     student = load(config.student, replace(system, nfe=[]), device_of(config.device))
     if is_free(system, student):
         raise DatasetError(
-            f"{config.student} holds a student of kind ar, which is given no noise; masked positions are revealed by kind mdlm or bd3lm"
+            f"{config.student} holds a student of kind {student.config.kind}, which reveals no masked positions; give one of kind mdlm, bd3lm or mtp"
         )
     check_nfe(config.student, system, student, config.nfe)
     return student

@@ -23,6 +23,7 @@ from eval.lockstep import Lockstep
 from eval.referee import Rule
 from noise.sketch import TeacherError
 from noise.storage import DatasetError
+from trainer.conditioning import KnownNoise
 
 
 @dataclass
@@ -39,10 +40,16 @@ class Rows:
     """int64: tokens of the finished row"""
     row_A: Tensor
     """int64: their numbers among all rows"""
+    given: KnownNoise | None = None
+    """noise of given tokens, which they alone may have; None where nobody reads it"""
     hidden_AH: Tensor | None = None
     """float32: the teacher's hidden state that chose the last known token; None before its first call, and where no drafter asks for it"""
 
     def keep(self, at_K: Tensor) -> None:
+        if self.given is not None:
+            number_A = torch.full_like(self.row_A, -1)
+            number_A[at_K] = torch.arange(len(at_K), device=at_K.device)
+            self.given = self.given.within(number_A, self.ids_AL.shape[1], 0, 0, self.ids_AL.shape[1])
         for name in ("ids_AL", "known_A", "given_A", "limit_A", "row_A", "hidden_AH"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[at_K])
@@ -104,12 +111,25 @@ class Written:
 
 
 @torch.inference_mode()
-def speculate(teacher: Any, drafter: Drafter, rule: Rule, given_BP: Tensor, given_B: Tensor, limit_B: Tensor, block: int) -> Written:
+def speculate(
+    teacher: Any,
+    drafter: Drafter,
+    rule: Rule,
+    given_BP: Tensor,
+    given_B: Tensor,
+    limit_B: Tensor,
+    block: int,
+    given: KnownNoise | None = None,
+) -> Written:
     """Rows that begin with the first given_B >= 1 tokens of given_BP, int64, written up to limit_B tokens with drafts of at most `block`.
 
-    teacher: eval.causal.CausalLM, whose `forward_of` reads several tokens at once.
+    teacher: eval.causal.CausalLM, whose `forward_of` reads several tokens at once. given: noise of given tokens, for a drafter that reads it, at
+    places of rows as wide as given_BP; it took a forward of the teacher, which counts for every row.
     """
     rows, written = _begin(given_BP, given_B, limit_B, block)
+    if given is not None:
+        rows.given = given.within(rows.row_A, given_BP.shape[1], 0, 0, rows.ids_AL.shape[1])
+        written.calls_B.add_(1)
     reader = Lockstep(teacher.forward_of(drafter.reads_hidden), teacher.name)
     drafter.begin()
     while True:

@@ -20,6 +20,7 @@ from eval.causal import CausalLM, folder_identity, load_tokenizer, model_identit
 from eval.cautions import teacher_temperature
 from eval.config import ReportConfig
 from eval.decoding import Decoding
+from eval.drafting import with_heads
 from eval.features import Featuriser
 from eval.judge import Judge
 from eval.mauve import Histograms, compare
@@ -27,7 +28,7 @@ from eval.metrics import Array, Scored
 from eval.progress import Progress
 from eval.reconstruct import full_rows, returned
 from eval.sampler import sampling_noise
-from eval.systems import Draw, Traced, check_nfe, draw_causal, draw_masked, is_free, load, resolved, trace
+from eval.systems import Draw, Traced, check_nfe, draw_causal, draw_drafted, draw_masked, is_free, load, resolved, trace
 from eval.tables import Request
 from eval.timing import REPEATS, machine, seconds
 from noise.storage import DatasetError, sha256_file
@@ -43,10 +44,10 @@ def device_of(name: str) -> str:
 
 
 def load_masked(folder: str, device: str) -> Any:
-    """An mdlm student. Raises DatasetError for a student of another kind."""
+    """A student that fills whole rows. Raises DatasetError for one of another kind."""
     student: Any = load_student(Path(folder), device=device)
-    if student.config.kind != "mdlm":
-        raise DatasetError(f"{folder} holds a student of kind {student.config.kind}; masked positions are revealed by kind mdlm")
+    if student.config.kind not in ("mdlm", "mtp"):
+        raise DatasetError(f"{folder} holds a student of kind {student.config.kind}; masked positions are revealed by kind mdlm or mtp")
     return student
 
 
@@ -150,6 +151,9 @@ class Study:
         system = config.systems[point.system]
         if student.config.kind == "ar":
             return lambda ids_B: draw_causal(self.lm(system.student), decoding, config.seed, bos, student.block_length, ids_B)
+        if student.config.kind == "medusa":
+            lm, heads = with_heads(student, self.device)
+            return lambda ids_B: draw_drafted(lm, heads, decoding, config.seed, bos, student.block_length, ids_B.to(self.device))
         auxiliary = self.lm(system.auxiliary) if system.auxiliary else None
         noise = self._cached_noise if cached_noise else None
         return lambda ids_B: draw_masked(student, decoding, config.seed, bos, self.device, ids_B, noise, auxiliary)
@@ -174,7 +178,7 @@ class Study:
     def _request(self, point: Traced) -> Request:
         config, length = self.config, self.heldout.block_length
         decoding = point.decoding.request()
-        if self.students[point.system].config.kind == "ar":
+        if self.students[point.system].config.kind in ("medusa", "ar"):
             decoding = {name: value for name, value in decoding.items() if name in ("temperature", "nucleus", "top_k", "output")}
         auxiliary = config.systems[point.system].auxiliary
         if auxiliary:

@@ -1,7 +1,7 @@
 """The systems of a report: which students a folder holds, how each is traced, and how one draws its rows.
 
 A system is scheduled, and so makes the forwards that it is asked for, or free, and makes one a token (ar, first_hitting)
-or what it takes (adaptive). Shapes: B rows, L positions.
+or what it takes (adaptive; medusa, whose heads draft for their backbone). Shapes: B rows, L positions.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from eval.blocks import sample_blocks
 from eval.causal import CausalLM
 from eval.config import ReportConfig, System
 from eval.decoding import Decoding
-from eval.sampler import blank_rows, check_noise, resolve_output, sample_counted
+from eval.drafting import write_drafted
+from eval.sampler import blank_rows, check_ahead, check_noise, ordered, resolve_output, sample_counted
+from eval.speculative import Drafter
 from noise.storage import DatasetError, read_json
 from trainer.students import load_student
 
-KINDS = ("mdlm", "bd3lm", "ar")
+KINDS = ("mdlm", "bd3lm", "mtp", "medusa", "ar")
+_CAUSAL = ("medusa", "ar")
+"""Whose text is a causal LM's own."""
 _FREE_SAMPLERS = ("first_hitting", "adaptive")
 _TEMPERATURES, _NOISE_TEMPERATURES = [0.8, 0.95, 1.1], [1.0, 1.3, 1.6]
 
@@ -78,17 +82,19 @@ def discover(folder: Path, nfe: list[int], shape: tuple[int, int]) -> tuple[dict
         kind, noise = _about(str(path))
         about = read_json(path / "student.json")
         own = (about.get("vocab_size"), about.get("block_length"))
-        if kind not in KINDS:
-            notes.append(f"{path} is a student of kind {kind}, which does not write rows by itself: it is not in this report.")
+        if kind == "mtp" and about["student"].get("context", "row") == "row":
+            notes.append(
+                f"{path} has learnt the last tokens of a row alone (student.context: row), and writes no whole rows: it is not in this report."
+            )
         elif own != shape:
             notes.append(
                 f"{path} has vocabulary {own[0]} and block length {own[1]}, the held-out rows {shape[0]} and {shape[1]}: it is not in this report."
             )
-        elif noise.get("readout") and noise.get("kind") not in ("none", "independent"):
-            systems[path.name] = System(str(path), noise_temperatures=_NOISE_TEMPERATURES, nfe=_own_nfe(path, kind, nfe))
+        elif kind not in _CAUSAL and noise.get("readout") and noise.get("kind") not in ("none", "independent"):
+            systems[path.name] = System(str(path), noise_temperatures=_NOISE_TEMPERATURES, nfe=_own_nfe(about, nfe))
         else:  # what does not use its noise, or samples at its output, is traced there
-            output: Any = "sample" if kind != "ar" else "auto"
-            systems[path.name] = System(str(path), temperatures=_TEMPERATURES, output=output, nfe=_own_nfe(path, kind, nfe))
+            output: Any = "auto" if kind in _CAUSAL else "sample"
+            systems[path.name] = System(str(path), temperatures=_TEMPERATURES, output=output, nfe=_own_nfe(about, nfe))
     return systems, notes
 
 
@@ -99,11 +105,14 @@ def _about(student: str) -> tuple[str, dict[str, Any]]:
     return str(about.get("kind", "")), dict(about.get("student", {}).get("noise", {}))
 
 
-def _own_nfe(path: Path, kind: str, nfe: list[int]) -> list[int]:
-    """A bd3lm student's numbers: the report's that its blocks divide, or else one, two, four ... forwards a block."""
-    if kind != "bd3lm":
+def _own_nfe(about: dict[str, Any], nfe: list[int]) -> list[int]:
+    """A bd3lm student's numbers: the report's that its blocks divide, or else one, two, four ... forwards a block. An mtp student's: those that
+    suffice, or else as few forwards as do."""
+    if about["kind"] == "mtp":
+        least = -(-(int(about["block_length"]) - 1) // int(about["student"]["predict"]))
+        return [n for n in nfe if n >= least] or [least]
+    if about["kind"] != "bd3lm":
         return []
-    about = read_json(path / "student.json")
     size = int(about["student"]["block_size"])
     blocks = -(-int(about["block_length"]) // size)
     return [n for n in nfe if n % blocks == 0 and n // blocks <= size] or [blocks * n for n in (1, 2, 4, 8, 16) if n <= size]
@@ -115,13 +124,14 @@ def load(name: str, system: System, device: str) -> Any:
     kind = student.config.kind
     if kind not in KINDS:
         raise DatasetError(f"{system.student} holds a student of kind {kind}; rows are written by kind {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-    if kind == "ar":
+    if kind in _CAUSAL:
+        how = "an ar student writes one token a forward" if kind == "ar" else "a medusa student writes what its backbone does"
         ignored = {
             "noise_temperatures": [1.0], "output": "auto", "sampler": "even", "order": "random", "fresh_noise": False, "nfe": [],
         }  # fmt: skip
         for field, default in ignored.items():
             if getattr(system, field) != default:
-                raise ValueError(f"system {name}: {field} is {getattr(system, field)}, but an ar student writes one token a forward; drop it")
+                raise ValueError(f"system {name}: {field} is {getattr(system, field)}, but {how}; drop it")
     if system.nfe and is_free(system, student):
         raise ValueError(f"system {name}: nfe is {system.nfe}, but sampler {system.sampler} takes the forwards that it takes; drop nfe")
     return student
@@ -129,7 +139,7 @@ def load(name: str, system: System, device: str) -> Any:
 
 def is_free(system: System, student: Any) -> bool:
     """Whether the number of forwards is its own."""
-    return student.config.kind == "ar" or system.sampler in _FREE_SAMPLERS
+    return student.config.kind in _CAUSAL or system.sampler in _FREE_SAMPLERS
 
 
 def trace(name: str, system: System, student: Any, nfe: list[int]) -> list[Traced]:
@@ -138,21 +148,25 @@ def trace(name: str, system: System, student: Any, nfe: list[int]) -> list[Trace
         raise ValueError(
             f"{system.student} takes no noise (noise.kind: none) but has noise_temperatures {system.noise_temperatures}; trace it by temperatures"
         )
-    output = resolve_output("sample" if student.config.kind == "ar" and system.output == "auto" else system.output, student)
+    output = resolve_output("sample" if student.config.kind in _CAUSAL and system.output == "auto" else system.output, student)
     free = is_free(system, student)
     traced = [
         Traced(name, _decoding(system, student, asked, t, n, p, output), asked)
         for asked in ([0] if free else system.nfe or nfe)
         for t in system.temperatures for n in system.noise_temperatures for p in system.nuclei or [system.nucleus]
     ]  # fmt: skip
+    unknown_1L = torch.arange(student.block_length)[None] > 0
     for point in traced:
         check_noise(student, point.decoding)
+        check_ahead(student, unknown_1L, None, point.decoding)
     return traced
 
 
 def _decoding(system: System, student: Any, nfe: int, temperature: float, noise_temperature: float, nucleus: float, output: Any) -> Decoding:
+    causal = student.config.kind in _CAUSAL
+    order = system.order if causal else ordered(student, system.sampler, system.order)
     return Decoding(
-        nfe if student.config.kind != "ar" else 1, temperature, noise_temperature, nucleus, output, system.order, system.top_k, system.sampler,
+        1 if causal else nfe, temperature, noise_temperature, nucleus, output, order, system.top_k, system.sampler,
         system.fresh_noise, system.student_weight, system.lookahead, system.recompute,
     )  # fmt: skip
 
@@ -174,7 +188,7 @@ def check_nfe(name: str, system: System, student: Any, nfe: list[int]) -> None:
 def draw_masked(
     student: Any, decoding: Decoding, seed: int, bos: int, device: str, sequence_id_B: Tensor, noise: Any = None, auxiliary: CausalLM | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(rows int64 [B, L], forwards int64 [B]) of an mdlm or bd3lm student; `noise` may hand over noise that was drawn before."""
+    """(rows int64 [B, L], forwards int64 [B]) of an mdlm, bd3lm or mtp student; `noise` may hand over noise that was drawn before."""
     ids_BL = blank_rows(student, len(sequence_id_B), student.block_length, bos).to(device)
     sequence_id_B = sequence_id_B.to(device)
     if student.config.kind == "bd3lm":
@@ -183,6 +197,15 @@ def draw_masked(
     held = noise is not None and student.noise.kind != "none" and not decoding.fresh_noise
     g_MV = noise(sequence_id_B, ids_BL == student.mask_id) if held else None
     return sample_counted(student, ids_BL, sequence_id_B, seed, decoding, g_MV, auxiliary=auxiliary)
+
+
+def draw_drafted(
+    lm: CausalLM, drafter: Drafter, decoding: Decoding, seed: int, bos: int, length: int, sequence_id_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same of a medusa student: the rows of `draw_causal`, and the backbone's forwards."""
+    given_B = torch.ones_like(sequence_id_B)
+    written = write_drafted(lm, drafter, drafter.most, decoding, seed, given_B[:, None] * bos, given_B, given_B * length, sequence_id_B)
+    return written.ids_BL, written.calls_B
 
 
 def draw_causal(lm: CausalLM, decoding: Decoding, seed: int, bos: int, length: int, sequence_id_B: Tensor) -> tuple[Tensor, Tensor]:

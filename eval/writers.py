@@ -1,4 +1,4 @@
-"""Everything that can fill a row's blanks, behind one interface: a masked or block diffusion student, a causal LM alone or with medusa heads.
+"""Everything that can fill a row's blanks, behind one interface: a masked, block diffusion or mtp student, a causal LM alone or with medusa heads.
 
 A writer is called with given tokens int64 [B, L] (BLANK where one is to be written), lengths and sequence ids, and
 returns (tokens int64 [B, L], lengths int64 [B], NFE int64 [B]): a row may end early, and took so many forwards.
@@ -17,9 +17,9 @@ from eval.causal import CausalLM, folder_identity
 from eval.causal_writers import CausalWriter, DraftedWriter, MedusaWriter, loaded, trained_tokenizer
 from eval.config import SampleConfig
 from eval.decoding import Decoding
-from eval.given import GivenTeacher
+from eval.given import given_teacher
 from eval.prompts import BLANK, Prompts
-from eval.sampler import resolve_output, sample_counted
+from eval.sampler import check_ahead, ordered, resolve_output, sample_counted
 from eval.study import device_of, load_masked
 from noise.storage import DatasetError, read_json
 
@@ -71,19 +71,20 @@ def writer(config: SampleConfig) -> Writer:
 
 
 class MaskedWriter:
-    """A masked student with its sampler."""
+    """A masked student with its sampler, or an mtp student, from left to right."""
 
     def __init__(self, config: SampleConfig):
         self.device, self.seed, self.padded = device_of(config.device), config.seed, False
         self.student = load_masked(config.student, self.device)
-        nfe = config.nfe or (DEFAULT_NFE if config.sampler in ("even", "ancestral") else 0)
+        least = -(-(self.student.block_length - 1) // self.student.ahead) if self.student.ahead else DEFAULT_NFE
+        nfe = config.nfe or (least if config.sampler in ("even", "ancestral") else 0)
         self.decoding = _decoding(config, self.student, nfe)
         if bool(config.auxiliary) != (config.sampler == "adaptive"):
             raise ValueError(
                 f"sampler is {config.sampler} and auxiliary {config.auxiliary!r}; adaptive needs a small causal LM, the others take none"
             )
         self.auxiliary = CausalLM(config.auxiliary, self.device) if config.auxiliary else None
-        self.given_teacher = _given_teacher(config, self.student, self.device)
+        self.given_teacher = given_teacher(config, self.student, self.device)
         self.vocab_size, self.longest, self.asked = self.student.vocab_size, self.student.block_length, nfe
         self.limit, self.label = config.student, config.sampler + (f"-nfe{nfe}" if nfe else "")
         self.identity = folder_identity(Path(config.student))
@@ -100,6 +101,7 @@ class MaskedWriter:
         most = int((prompts.given_PL == BLANK).sum(1).max())
         if self.decoding.sampler == "even" and self.decoding.nfe > most:
             raise ValueError(f"nfe is {self.decoding.nfe} but no row has more than {most} unknown positions; lower nfe")
+        check_ahead(self.student, prompts.given_PL == BLANK, prompts.length_P, self.decoding)
 
     def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given_BL, sequence_id_B = given_BL.to(self.device), sequence_id_B.to(self.device)
@@ -125,7 +127,7 @@ class BlockWriter:
         self.student = loaded(config.student, self.device)
         if config.auxiliary:
             raise ValueError(f"auxiliary is {config.auxiliary!r}, but a bd3lm student is sampled within blocks, without a small model; drop it")
-        self.given_teacher = _given_teacher(config, self.student, self.device)
+        self.given_teacher = given_teacher(config, self.student, self.device)
         nfe = config.nfe or (self.student.block_size if config.sampler in ("even", "ancestral") else 0)
         self.decoding = _decoding(config, self.student, nfe)
         if config.eos >= self.student.vocab_size:
@@ -167,13 +169,8 @@ class BlockWriter:
 
 
 def _decoding(config: SampleConfig, student: Any, nfe: int) -> Decoding:
+    order = ordered(student, config.sampler, config.order)
     return Decoding(
-        nfe, config.temperature, config.noise_temperature, config.nucleus, resolve_output(config.choose, student), config.order,
+        nfe, config.temperature, config.noise_temperature, config.nucleus, resolve_output(config.choose, student), order,
         config.top_k, config.sampler, config.fresh_noise, config.student_weight, config.lookahead, config.recompute,
     )  # fmt: skip
-
-
-def _given_teacher(config: SampleConfig, student: Any, device: str) -> GivenTeacher | None:
-    if config.given_teacher and not config.prompts:
-        raise ValueError(f"given_teacher is {config.given_teacher!r}, but nothing is given: prompts is empty; give prompts, or drop it")
-    return GivenTeacher(config.given_teacher, student, device) if config.given_teacher else None

@@ -58,7 +58,7 @@ def test_all_noise_up_to_a_position_says_its_token() -> None:
 class Reader:
     """A student whose answer at a position is the argmax of the noise some places before it."""
 
-    vocab_size, mask_id, noise = 6, 6, NoiseConfig(kind="gumbel", readout=True)
+    vocab_size, mask_id, ahead, noise = 6, 6, 0, NoiseConfig(kind="gumbel", readout=True)
 
     def __init__(self, back: int):
         self.back = back

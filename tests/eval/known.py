@@ -27,7 +27,7 @@ class TableStudent:
     """
 
     def __init__(self, vocab_size: int = 3, unknown: int = 3, noise: str = "none", readout: bool = False, seed: int = 0):
-        self.vocab_size, self.mask_id, self.unknown = vocab_size, vocab_size, unknown
+        self.vocab_size, self.mask_id, self.unknown, self.ahead = vocab_size, vocab_size, unknown, 0
         self.noise = NoiseConfig(kind=noise, readout=readout)
         self.words = torch.tensor(list(itertools.product(range(vocab_size), repeat=unknown)))
         weight = torch.rand(len(self.words), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3

@@ -21,7 +21,7 @@ from eval.markov import MarkovTeacher
 from eval.metrics import bootstrap_weights
 from noise.storage import DatasetError, read_json
 from pipeline.tokenizer import tokenizer_hash
-from tests.eval.test_speculative import EVERYTHING, INPUT, L, V, student
+from tests.eval.test_speculative import EVERYTHING, INPUT, KNOWN, L, V, student
 from tests.eval.world import write_causal, write_tokenizer
 from tests.trainer.chain import write_chain
 from trainer.students import save_student
@@ -59,6 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_causal(folder / "small", 2, vocab_size=V)
     save(folder / "masked", student(folder, "mdlm"), tokenizer_hash(folder / "teacher"))
     save(folder / "noisy", student(folder, "mdlm", EVERYTHING))
+    save(folder / "reads", student(folder, "mdlm", KNOWN))
     save(folder / "heads", student(folder, "medusa", INPUT, backbone="teacher"))
     save(folder / "blocks", student(folder, "bd3lm", block_size=4))
     return folder
@@ -114,6 +115,23 @@ def test_prompts_are_continued_to_their_own_lengths(world: Path, tmp_path: Path)
     columns, _ = tables.read(Path(found["samples"]))
     assert columns["tokens"].tolist() == [6, 4] and columns["input_ids"][:, :2].tolist() == [[0, 5], [0, 3]]
     assert not columns["input_ids"][1, 6:].any() and found["systems"][0]["divergence"]["rows"] == 0
+
+
+def test_prompts_carry_posterior_noise_where_it_is_asked_for_and_its_call_is_counted(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"text": "w5 w7 w2"}\n{"ids": [3, 4], "length": 9}\n')
+    settings = {"prompts": str(tmp_path / "prompts.jsonl"), "length": 11, "sequences": 30, "batch": 4, "dtype": "float64"}
+    silent, told = (accept(world, tmp_path / str(given), "reads", "noisy", given_noise=given, **settings) for given in (False, True))
+    columns, _ = tables.read(Path(told["samples"]))
+    before, _ = tables.read(Path(silent["samples"]))
+    assert np.array_equal(columns["input_ids"], before["input_ids"]) and told["settings"]["given_noise"] is True
+    assert [system["divergence"]["rows"] for system in told["systems"]] == [0, 0]
+    assert columns["1/calls"].sum() + columns["1/stands"].sum() == columns["tokens"].sum() + 30
+    assert not np.array_equal(columns["1/stands"], before["1/stands"])
+    assert all(np.array_equal(columns[f"2/{name}"], before[f"2/{name}"]) for name in ("calls", "stands"))  # this one reads none
+    with pytest.raises(ValueError, match="no student reads the noise of known tokens"):
+        accept(world, tmp_path / "c", "noisy", "small", given_noise=True, **settings)
+    with pytest.raises(ValueError, match="prompts is empty"):
+        accept(world, tmp_path / "c", "reads", given_noise=True)
 
 
 def test_texts_that_differ_are_near_ties_that_are_listed_or_an_error_or_in_half_precision_a_rate() -> None:

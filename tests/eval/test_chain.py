@@ -96,7 +96,7 @@ def test_a_dataset_of_another_chain_is_refused(tmp_path):
 class Perfect:
     """A student that knows the chain: its logits are log p + g where the token before is known."""
 
-    vocab_size, mask_id, noise = 10, 10, NoiseConfig(kind="gumbel", readout=True)
+    vocab_size, mask_id, ahead, noise = 10, 10, 0, NoiseConfig(kind="gumbel", readout=True)
 
     def logits(self, ids_BL, g_NV):
         where_N = (ids_BL.flatten() == self.mask_id).nonzero()[:, 0]

@@ -222,6 +222,26 @@ def test_what_would_be_ignored_is_refused(world: Path, tmp_path: Path, settings:
         sample_set(config(world, tmp_path, **{**settings, **teacher}))
 
 
+def test_the_teacher_that_judges_drafts_gives_prompts_their_noise(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "prefixes.jsonl").write_text('{"text": "w5 w6 w7"}\n{"text": "w8 w9"}\n')
+    settings = {"student": "teacher", "prompts": str(tmp_path / "prefixes.jsonl"), "nfe": 0, "length": LENGTH, "sequences": 40}
+    drafter, teacher = {"drafter": str(world / "known")}, {"given_teacher": str(world / "teacher")}
+    alone, silent, told = (sample_set(config(world, tmp_path, **settings, **more)) for more in ({}, drafter, {**drafter, **teacher}))
+    assert np.array_equal(told.columns["input_ids"], alone.columns["input_ids"]) and len({alone.path, silent.path, told.path}) == 3
+    more = told.columns["nfe"] - silent.columns["nfe"]
+    assert (more >= -1).all() and len(set(more)) > 1  # a call more, and drafts that fare otherwise
+    together = sample_set(config(world, tmp_path / "b", **settings, **drafter, **teacher, batch=7))
+    assert all(np.array_equal(together.columns[name], told.columns[name]) for name in told.columns)
+    for changed, message in [
+        ({"given_teacher": str(world / "judge")}, "but drafts are judged by"),
+        ({**teacher, "drafter": str(world / "gumbel")}, "the student reads no posterior noise at known tokens"),
+        ({**teacher, "drafter": str(world / "judge")}, "is a causal LM, which reads no noise"),
+        ({**teacher, "prompts": ""}, "prompts is empty; give prompts, or drop it"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sample_set(config(world, tmp_path, **{**settings, **drafter, **changed}))
+
+
 def test_noise_of_given_tokens_is_refused_by_a_student_that_reads_none(world: Path) -> None:
     plain = load_masked(str(world / "gumbel"), "cpu")
     given = KnownNoise(torch.tensor([1]), torch.zeros(1, VOCAB))

@@ -126,7 +126,7 @@ def test_a_dataset_of_a_language_holds_noise_that_chooses_its_text(tmp_path):
 class Best:
     """The best student without noise, as a student: p(token | what is known) by enumeration; anything where that is impossible."""
 
-    noise = NoiseConfig()
+    noise, ahead = NoiseConfig(), 0
 
     def __init__(self, known: Language):
         self.known, self.vocab_size, self.mask_id, self.block_length = known, known.vocab_size, known.vocab_size, known.length + 1

@@ -31,7 +31,7 @@ class Oracle:
     """Writes position t as the teacher would after the token that it holds at t - 1, argmax(log p + g), else from BOS."""
 
     def __init__(self, noise: str = "gumbel"):
-        self.vocab_size, self.mask_id = VOCAB, VOCAB
+        self.vocab_size, self.mask_id, self.ahead = VOCAB, VOCAB, 0
         self.noise = NoiseConfig(kind=noise, readout=True)
         self.table = next_log_probs(BigramTeacher(VOCAB))
 

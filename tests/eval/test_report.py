@@ -30,10 +30,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def write_heads(folder: Path) -> None:
-    """A student that drafts a few tokens by heads, and writes no row by itself."""
-    student = build(StudentConfig(kind="mtp", layers=1, hidden=16, heads=2, predict=2), VOCAB, LENGTH)
+def write_ahead(folder: Path, context: str = "drawn") -> None:
+    """A student of two tokens a call; with context row it has learnt the last ones of its rows alone, and writes no row by itself."""
+    student = build(StudentConfig(kind="mtp", layers=1, hidden=16, heads=2, predict=2, context=context), VOCAB, LENGTH)  # type: ignore[arg-type]
     save_student(folder, student, student.state_dict(), {}, {})
+
+
+def write_medusa(folder: Path, world: Path) -> None:
+    write_student(folder, kind="medusa", seed=5, noise=NoiseConfig("gumbel", "add", readout=True), backbone=world / "teacher")
 
 
 def write_blocks(folder: Path) -> None:
@@ -169,15 +173,23 @@ def test_tokens_alone_give_a_report_without_reconstruction(world: Path, tmp_path
 
 def test_what_does_not_fit_is_one_clear_line_before_any_work(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_student(tmp_path / "ar", kind="ar")
-    write_heads(tmp_path / "heads")
+    write_ahead(tmp_path / "heads", "row")
+    write_ahead(tmp_path / "ahead")
+    write_medusa(tmp_path / "medusa", world)
     write_student(tmp_path / "short", length=5)
     write_causal(tmp_path / "wide", 1, vocab_size=30)
     cases: list[tuple[dict, str]] = [
-        ({"systems": {"plain": {"student": str(tmp_path / "heads")}}}, f"{tmp_path / 'heads'} holds a student of kind mtp"),
+        ({"systems": {"plain": {"student": str(tmp_path / "heads"), "nfe": [4]}}}, "the student has learnt the last 2 of a row alone"),
+        ({"systems": {"plain": {"student": str(tmp_path / "ahead"), "nfe": [3]}}}, "raise nfe to at least 4"),
+        ({"systems": {"plain": {"student": str(tmp_path / "ahead"), "nfe": [4], "order": "confidence"}}}, "an mtp student writes from left to right"),
+        (
+            {"systems": {"plain": {"student": str(tmp_path / "medusa"), "noise_temperatures": [1.1]}}},
+            "a medusa student writes what its backbone does",
+        ),
         ({"systems": {"plain": {"student": str(tmp_path / "ar"), "noise_temperatures": [0.9]}}}, "an ar student writes one token a forward"),
         ({"systems": {"plain": {"student": str(world / "plain"), "sampler": "first_hitting", "nfe": [3]}}}, "takes the forwards that it takes"),
         ({"systems": {}, "students": str(tmp_path / "gone"), "baseline": ""}, "gone, which is not a folder"),
-        ({"systems": {}, "students": str(world / "teacher"), "baseline": ""}, "holds no student of kind mdlm, bd3lm, ar"),
+        ({"systems": {}, "students": str(world / "teacher"), "baseline": ""}, "holds no student of kind mdlm, bd3lm, mtp, medusa, ar"),
         ({"systems": {"plain": {"student": str(tmp_path / "short")}}}, "block length 5"),
         ({"systems": {"plain": {"student": str(tmp_path / "none")}}}, "is not a student"),
         ({"systems": {"plain": {"student": str(world / "plain"), "noise_temperatures": [0.9]}}}, "takes no noise"),
@@ -247,7 +259,9 @@ def test_all_students_of_a_folder_stand_beside_ar_with_mauve_and_wall_time(
         shutil.copytree(world / name, students / name)
     write_student(students / "ar", kind="ar", seed=5)
     write_blocks(students / "blocks")
-    write_heads(students / "heads")
+    write_ahead(students / "heads", "row")
+    write_ahead(students / "ahead")
+    write_medusa(students / "medusa", world)
     longer = build(StudentConfig(layers=1, hidden=16, heads=2), VOCAB, 2 * LENGTH)
     save_student(students / "longer", longer, longer.state_dict(), {}, {})
     change = {
@@ -258,20 +272,27 @@ def test_all_students_of_a_folder_stand_beside_ar_with_mauve_and_wall_time(
     assert run(path) == 0
     assert "its own NFE" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (drafted,) = report["systems"]["medusa"]["nfe"]
+    calls = report["systems"]["medusa"]["nfe"][drafted]["points"]
+    assert [point["temperature"] for point in calls] == [0.8, 0.95, 1.1] and int(drafted) < 7 and report["systems"]["medusa"]["free"]
     assert {name: list(system["nfe"]) for name, system in report["systems"].items()} == {
-        "ar": ["7"], "blocks": ["2", "4"], "gumbel": ["1", "2", "4"], "plain": ["1", "2", "4"],
+        "ahead": ["4"], "ar": ["7"], "blocks": ["2", "4"], "gumbel": ["1", "2", "4"], "plain": ["1", "2", "4"], "medusa": [drafted],
     }  # fmt: skip
-    assert report["settings"]["baseline"] == "plain" and any("heads is a student of kind mtp" in line for line in report["warnings"])
+    assert report["settings"]["baseline"] == "plain" and any("heads has learnt the last tokens of a row alone" in line for line in report["warnings"])
     assert any("longer has vocabulary 24 and block length 16, the held-out rows 24 and 8" in line for line in report["warnings"])
-    assert set(report["reconstruction"]) == {"blocks", "gumbel", "plain"}
+    assert set(report["reconstruction"]) == {"ahead", "blocks", "gumbel", "plain"}
     pairs = [(line["system"], line["against"], line["nfe"], line["against_nfe"]) for line in report["comparisons"]]
+    assert ("ahead", "plain", 4, 4) in pairs and ("medusa", "ar", int(drafted), 7) in pairs
     assert ("blocks", "plain", 2, 2) in pairs and ("plain", "ar", 4, 7) in pairs and not any(pair[0] == "ar" for pair in pairs)
     for name, system in report["systems"].items():
         for nfe, at in system["nfe"].items():
             assert 0 < at["seconds"]["low"] <= at["seconds"]["value"] <= at["seconds"]["high"] and at["matched"]["mauve"] is not None
             for point in at["points"]:
                 assert 0 <= point["mauve"]["low"] <= point["mauve"]["value"] <= point["mauve"]["high"] <= 1
-                assert point["forwards"] == {"mean": float(nfe), "least": int(nfe), "most": int(nfe)}, name
+                if name != "medusa":
+                    assert point["forwards"] == {"mean": float(nfe), "least": int(nfe), "most": int(nfe)}, name
+                else:
+                    assert 1 < point["forwards"]["least"] < point["forwards"]["mean"] < 7
     page = _Page((tmp_path / "out" / "report.html").read_text())
     assert not page.elsewhere and report["shown"][0]["systems"]["plain"] in page.text
     for said in ('"steps": 77', '"seed": "<99>"', "3 clusters", "30 samples against 30 rows", "scale 5", report["machine"]["name"]):
@@ -281,9 +302,25 @@ def test_all_students_of_a_folder_stand_beside_ar_with_mauve_and_wall_time(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this was done already")
 
-    for room, name in ((systems, "sample_counted"), (systems, "sample_blocks"), (causal.CausalLM, "__init__"), (features.Featuriser, "__init__")):
+    for room, name in (
+        (systems, "sample_counted"),
+        (systems, "sample_blocks"),
+        (systems, "write_drafted"),
+        (causal.CausalLM, "__init__"),
+        (features.Featuriser, "__init__"),
+    ):
         monkeypatch.setattr(room, name, refuse)
     assert run(path) == 0 and {name: (tmp_path / "out" / name).read_bytes() for name in PAGES} == before
+
+
+def test_a_medusa_students_text_is_its_backbones(world: Path, tmp_path: Path) -> None:
+    write_medusa(tmp_path / "medusa", world)
+    named = {"heads": {"student": str(tmp_path / "medusa")}, "sure": {"student": str(tmp_path / "medusa"), "top_k": 1}}
+    path = recipe(world, tmp_path / "out", systems=named, baseline="heads", control="", sequences=24, reconstruction_rows=0)
+    assert run(path) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (heads,), (sure,) = ([point for at in system["nfe"].values() for point in at["points"]] for system in report["systems"].values())
+    assert heads["teacher_agreement"] == 1.0 > sure["teacher_agreement"] and heads["teacher_prefix"] == LENGTH - 1
 
 
 def test_settings_of_a_system_reach_its_samples(world: Path, tmp_path: Path) -> None:

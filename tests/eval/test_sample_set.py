@@ -29,6 +29,8 @@ KINDS = {
     "causal LM": {"student": "judge", "top_k": 4, "length": LENGTH},
     "blocks": {"student": "blocks", "nfe": 2},
     "medusa": {"student": "medusa", "length": LENGTH},
+    "mtp": {"student": "mtp", "nfe": 4},
+    "mtp with noise": {"student": "mtp", "noise_temperature": 0.9, "order": "left_to_right"},
     "drafted": {"student": "teacher", "drafter": "gumbel", "length": LENGTH},
 }
 
@@ -38,6 +40,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_world(tmp_path_factory.mktemp("world"))
     write_student(folder / "ar", kind="ar", seed=4)
     write_student(folder / "medusa", kind="medusa", seed=5, noise=NoiseConfig("gumbel", "add", readout=True), backbone=folder / "teacher")
+    ahead = build(
+        StudentConfig("mtp", layers=2, hidden=16, heads=2, predict=3, context="drawn", noise=NoiseConfig("gumbel", "replace")), VOCAB, LENGTH
+    )
+    save_student(folder / "mtp", ahead, ahead.state_dict(), {}, {"dataset": str(folder / "heldout")})
     (folder / "long.jsonl").write_text(json.dumps({"ids": [5] * 9}))
     write_causal(folder / "small", 9, vocab_size=13)
     blocks = build(StudentConfig("bd3lm", layers=2, hidden=16, heads=2, block_size=3), VOCAB, LENGTH)
@@ -67,7 +73,8 @@ def test_a_set_is_the_same_at_any_batch_size_and_after_an_interruption(
 ) -> None:
     kinds = {"ar": "Causal", "judge": "Causal", "blocks": "Block", "medusa": "Medusa", "teacher": "Drafted"}
     writes = kinds.get(str(KINDS[kind].get("student")), "Masked")
-    settings = {**KINDS[kind], "prompts": str(world / ("prompts.jsonl" if writes in ("Block", "Masked") else "prefixes.jsonl"))}
+    fills = writes in ("Block", "Masked") and KINDS[kind].get("student") != "mtp"
+    settings = {**KINDS[kind], "prompts": str(world / ("prompts.jsonl" if fills else "prefixes.jsonl"))}
     whole = sample_set(config(world, tmp_path / "a", **settings))
     writer = getattr(writers, f"{writes}Writer")
     real, calls = writer.__call__, []
@@ -186,6 +193,11 @@ def test_what_does_not_fit_is_one_clear_line(world: Path, tmp_path: Path, capsys
         ("plain", {"lookahead": 4, "nfe": 2}, "sampler even does not write from left to right"),
         ("ar", {"nfe": 4}, "nfe is 4, but"),
         ("ar", {"recompute": 4}, "recompute is 4, but"),
+        ("mtp", {"nfe": 2}, "the student writes at most 3 tokens a forward, and a row has 7 unknown ones; raise nfe to at least 3"),
+        ("mtp", {"order": "confidence"}, "order confidence, but an mtp student writes from left to right, in even groups; drop them"),
+        ("mtp", {"sampler": "first_hitting"}, "sampler is first_hitting and order random, but an mtp student"),
+        ("mtp", {"sampler": "ancestral"}, "an mtp student writes from left to right"),
+        ("mtp", {"prompts": str(world / "prompts.jsonl")}, "a row has tokens after its first unknown one"),
         ("medusa", {"nfe": 4}, "which fill no masks"),
         ("medusa", {"choose": "argmax"}, "or take the backbone itself, "),
         ("teacher", {"choose": "argmax", "drafter": str(world / "plain")}, "set top_k to 1, or drop drafter"),

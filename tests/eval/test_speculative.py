@@ -19,6 +19,7 @@ from noise.storage import DatasetError
 from pipeline.generate import write
 from tests.eval.known import fits_counts
 from tests.eval.world import write_causal
+from trainer.conditioning import KnownNoise
 from trainer.config import MedusaConfig, NoiseConfig, StudentConfig
 from trainer.students import build
 
@@ -118,9 +119,16 @@ def shared(decoding: Decoding, sequence_id_B: torch.Tensor, span: int) -> Shared
     return SharedNoise(lambda logits_NV: restricted_log_probs(logits_NV, decoding), held, decoding.temperature)
 
 
-def drafted(teacher: CausalLM, drafter: Drafter, decoding: Decoding = PLAIN, rows: slice = slice(None), block: int = BLOCK) -> Written:
+def drafted(
+    teacher: CausalLM,
+    drafter: Drafter,
+    decoding: Decoding = PLAIN,
+    rows: slice = slice(None),
+    block: int = BLOCK,
+    given: KnownNoise | None = None,
+) -> Written:
     rule = shared(decoding, torch.arange(ROWS)[rows], block + 1 + drafter.span)
-    return speculate(teacher, drafter, rule, GIVEN_BP[rows], GIVEN_B[rows], LIMIT_B[rows], block)
+    return speculate(teacher, drafter, rule, GIVEN_BP[rows], GIVEN_B[rows], LIMIT_B[rows], block, given)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +178,40 @@ def test_a_drafter_that_reads_known_tokens_noise_is_told_that_of_written_ones(fo
     heard_of = drafted(teacher, drafter, decoding).stands_BL
     drafter.student.input.known_scale.data.zero_()
     assert not torch.equal(heard_of, drafted(teacher, drafter, decoding).stands_BL)
+
+
+@pytest.mark.parametrize("name", ["mdlm", "mdlm in two forwards", "mdlm of short sight", "bd3lm", "bd3lm in two forwards", "mtp"])
+def test_given_tokens_have_the_noise_that_the_caller_names_in_every_draft_and_batch(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 1, 3 and 4 have given tokens behind BOS; the forward that told their noise counts as a call of every row."""
+    teacher, decoding = CausalLM(str(folder / "teacher"), dtype="float64"), Decoding(1, temperature=0.8)
+    drafter: Any = make(folder, name, teacher, KNOWN)
+    drafter.student.input.known_scale.data.mul_(30)
+    wide = GIVEN_BP.shape[1]
+    places = torch.tensor([row * wide + position for row in range(ROWS) for position in range(1, int(GIVEN_B[row]))])
+    given = KnownNoise(places, 5 * torch.randn(len(places), V, generator=torch.Generator().manual_seed(3)))
+    calls: list[tuple[torch.Tensor, Any]] = []
+    real = drafter.student.logits
+
+    def heard(ids_AL: torch.Tensor, g_NV: torch.Tensor, *more: Any, known: Any) -> torch.Tensor:
+        calls.append((ids_AL.clone(), known))
+        return real(ids_AL, g_NV, *more, known=known)
+
+    monkeypatch.setattr(drafter.student, "logits", heard)
+    silent, together = drafted(teacher, drafter, decoding), drafted(teacher, drafter, decoding, given=given)
+    assert torch.equal(together.ids_BL, sequential(teacher, decoding)) and torch.equal(together.ids_BL, silent.ids_BL)
+    assert not torch.equal(together.stands_BL, silent.stands_BL) and torch.equal(together.calls_B[[0, 2, 5]], silent.calls_B[[0, 2, 5]] + 1)
+    for row in range(ROWS):
+        calls.clear()
+        mine_K = places // wide == row
+        own = KnownNoise(places[mine_K] % wide, given.g_KV[mine_K])
+        alone = drafted(teacher, drafter, decoding, rows=slice(row, row + 1), given=own)
+        assert alone.calls_B[0] == together.calls_B[row] and torch.equal(alone.offered_BK[0], together.offered_BK[row])
+        for _, known in calls:
+            told_K = known.where_K < GIVEN_B[row]
+            expected_K = own.where_K >= (known.where_K.min() if len(known.where_K) else L)  # a cache holds what stands before
+            assert torch.equal(known.where_K[told_K].sort()[0], own.where_K[expected_K])
+            assert torch.equal(known.g_KV[told_K], own.g_KV[known.where_K[told_K] - 1])
+        assert int(GIVEN_B[row]) == 1 or any(bool((known.where_K < GIVEN_B[row]).any()) for _, known in calls)
 
 
 @pytest.mark.parametrize("wrong", [(), (4, 5), range(L)], ids=["a perfect drafter", "wrong twice", "always wrong"])

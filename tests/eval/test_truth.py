@@ -162,7 +162,7 @@ def test_a_student_that_is_the_teacher_is_accepted_to_the_end(built, monkeypatch
 
         vocab_size, mask_id, noise, block_length = known.vocab_size, known.vocab_size, NoiseConfig(kind="gumbel", input="replace"), 5
 
-        config = StudentConfig()
+        config, ahead = StudentConfig(), 0
 
         def logits(self, ids_BL, g_NV):
             g_BLV = g_NV.view(len(ids_BL), 4, -1)

@@ -27,6 +27,8 @@ class Base(nn.Module, ABC):
     vocab_size: int
     block_length: int
     mask_id: int | None
+    ahead: int = 0
+    """Masked positions that one call may show: the next so many of a row; 0: any."""
     recipe: dict[str, Any]
     """The settings of its training; of a loaded student."""
     provenance: dict[str, Any]

@@ -33,16 +33,17 @@ class MTP(Masked):
                 f"student.noise.known is set, but student.predict is {config.predict}: all tokens are predicted, and none is known; drop it"
             )
         super().__init__(config, vocab_size, block_length)
+        self.ahead = config.predict
 
     @property
     def figure_names(self) -> list[str]:
         """Cross-entropy (nats) and top-1 accuracy of a predicted token, and the other losses."""
         return ["cross_entropy", *super().figure_names[1:], "top1"]
 
-    def logits(self, ids_BL: Tensor, g_NV: Tensor | None = None, known: KnownNoise | None = None) -> Tensor:
+    def logits(self, ids_BL: Tensor, g_NV: Tensor | None = None, length_B: Tensor | None = None, known: KnownNoise | None = None) -> Tensor:
         """float32 [N, V] at the positions where ids int64 [B, L] hold the mask id, given their noise float32 [N, V], and that of known tokens.
 
-        What stands before a row's first mask is its prefix; what stands after its last is not seen.
+        What stands before a row's first mask is its prefix; what stands after its last is not seen, so length_B changes nothing.
         """
         return self.predict(ids_BL, g_NV, known)[0]
 
