@@ -52,6 +52,7 @@ ground-truth: $(STAMP)
 # Every part of every student, over seeds; by its parts an hour and a half on 2 cores. Writes ablation.md in $(RUN)/ablation.
 ablation: demo-data
 	$(BIN)/python -m pipeline generate --config recipes/demo_generate.yaml --generate.rows 40960
+	$(BIN)/python -m trainer --config recipes/demo_mdlm.yaml
 	$(BIN)/python -m eval ablation --config recipes/demo_ablation.yaml
 
 clean-demo:

@@ -3,8 +3,9 @@
     python -m eval ablation --config recipes/demo_ablation.yaml
 
 Each group has a baseline; a student's figure is its perplexity over the baseline's of the same seed, both read at the entropy of real
-text, at each number of function evaluations (NFE). Students of a group that draws tokens by heads are read from their held-out figures
-instead. Every student, sample set and score is a file: interrupted at any moment, the same command continues.
+text, at each number of function evaluations (NFE). Students that draft for their teacher are compared by the tokens that a call of it
+writes (`measure: accept`), or read from their held-out figures (`heldout`). Every student, sample set and score is a file: interrupted
+at any moment, the same command continues.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from eval.config import ReportConfig, System
+from eval.config import AcceptConfig, ReportConfig, System
+from eval.reconstruct import full_rows
 from eval.taught import make_all
 from trainer.config import TrainConfig
+from trainer.data import NoiseDataset
 
 Report = dict[str, Any]
+
+_ACCEPT_BATCH = 16
 
 
 @dataclass
@@ -50,18 +55,25 @@ class Group:
     """The student that the others are compared with."""
     students: dict[str, Variant]
     """Name -> what it changes."""
-    measure: Literal["perplexity", "heldout"] = "perplexity"
-    """perplexity: of samples, at matched entropy. heldout: the figures that the trainer printed last, for students that draft."""
+    measure: Literal["perplexity", "accept", "heldout"] = "perplexity"
+    """perplexity: of samples, at matched entropy. accept: tokens a call of the teacher, for which they draft samples from fresh noise. heldout: the
+    figures that the trainer printed last."""
     nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     """Function evaluations of a row."""
     figures: list[str] = field(default_factory=list)
     """heldout: which figures of metrics.jsonl."""
+    teacher: str = ""
+    """accept: the causal LM whose samples are drafted."""
+    block: int = 4
+    """accept: tokens of a draft at most."""
 
     def __post_init__(self) -> None:
         if self.baseline not in self.students:
             raise ValueError(f"baseline is {self.baseline!r}, which is not among the students: {', '.join(self.students)}")
         if (self.measure == "heldout") != bool(self.figures):
-            raise ValueError(f"measure is {self.measure} and figures {self.figures}; heldout needs figures, perplexity reads none")
+            raise ValueError(f"measure is {self.measure} and figures {self.figures}; heldout needs figures, the others read none")
+        if (self.measure == "accept") != bool(self.teacher):
+            raise ValueError(f"measure is {self.measure} and teacher {self.teacher!r}; accept needs the teacher that is drafted for, the others none")
 
 
 @dataclass
@@ -119,12 +131,14 @@ def build(config: AblationConfig) -> Report:
     places = [(group, name) for group, of in config.groups.items() for name in of.students]
     jobs = {f"{group} {name}, seed {seed}": training(config, group, name, seed) for seed in config.seeds for group, name in places}
     make_all({name: partial(train, job) for name, job in jobs.items()}, config.workers, config.device)
-    groups = {name: _perplexities(config, name) if of.measure == "perplexity" else _heldout(config, name) for name, of in config.groups.items()}
+    measures = {"perplexity": _perplexities, "accept": _accepted, "heldout": _heldout}
+    groups = {name: measures[of.measure](config, name) for name, of in config.groups.items()}
     found = {}
     for name, students in groups.items():
         baseline = config.groups[name].baseline
         optim = training(config, name, baseline, config.seeds[0]).optim
         found[name] = {"baseline": baseline, "steps": optim.steps, "rows": optim.global_batch, "students": students}
+        found[name]["columns"] = list(students[baseline]["columns"])
     return {"seeds": config.seeds, "sequences": config.sequences, "groups": found}
 
 
@@ -143,7 +157,7 @@ def _perplexities(config: AblationConfig, group: str) -> dict[str, Any]:
             own = [one["perplexity"]["value"] for one in at]
             values = own if name == of.baseline else [ours / theirs["perplexity"]["value"] for ours, theirs in zip(own, base, strict=True)]
             inside = all(one["position"] == "inside" for one in (*at, *base))
-            columns[f"NFE {nfe}"] = _spread(values) | {"matched": inside}
+            columns[f"NFE {nfe}"] = {**_spread(values), "matched": inside}
         found[name] = {"about": variant.about or name, "columns": columns}
     return found
 
@@ -160,13 +174,44 @@ def _report_config(config: AblationConfig, group: str, seed: int) -> ReportConfi
     )  # fmt: skip
 
 
+def _accepted(config: AblationConfig, group: str) -> dict[str, Any]:
+    """Student -> {about, columns: {rule: tokens a call of the teacher, token k: how often the k-th drafted one stands where those before it did}}.
+
+    A column is None where the rule does not suit the student.
+    """
+    from eval.accept import REJECTION, SHARED
+    from eval.accept import build as build_accept
+
+    of, found = config.groups[group], {}
+    bos = int(full_rows(NoiseDataset(config.heldout), 1)[0, 0])
+    reports = [
+        build_accept(
+            AcceptConfig(
+                [str(config.student(group, name, seed)) for name in of.students], of.teacher, str(config.folder / f"seed-{seed}" / f"accept-{group}"),
+                bos=bos, block=of.block, sequences=config.sequences, batch=_ACCEPT_BATCH, seed=seed, device=config.device,
+            )
+        )
+        for seed in config.seeds
+    ]  # fmt: skip
+    for name, variant in of.students.items():
+        by_rule = [{s["rule"]: s for s in report["systems"] if s["name"] == config.student(group, name, 0).name} for report in reports]
+        columns = {
+            f"tokens a call, {rule}": _spread([at[rule]["tokens_per_call"]["value"] for at in by_rule]) if rule in by_rule[0] else None
+            for rule in (SHARED, REJECTION)
+        }
+        for k in range(min(len(at[SHARED]["heads"]) for at in by_rule)):
+            columns[f"token {k + 1} stands, {SHARED}"] = _spread([at[SHARED]["heads"][k]["conditional"]["value"] for at in by_rule])
+        found[name] = {"about": variant.about or name, "columns": columns}
+    return found
+
+
 def _heldout(config: AblationConfig, group: str) -> dict[str, Any]:
     """Student -> {about, columns: {figure: {values by seed, mean, low, high}}}, as the trainer measured it last."""
     of = config.groups[group]
     found = {}
     for name, variant in of.students.items():
         last = [_last(config.student(group, name, seed) / "metrics.jsonl") for seed in config.seeds]
-        columns = {figure: _spread([figures[f"heldout/{figure}"] for figures in last]) | {"matched": True} for figure in of.figures}
+        columns = {figure: _spread([figures[f"heldout/{figure}"] for figures in last]) for figure in of.figures}
         found[name] = {"about": variant.about or name, "columns": columns}
     return found
 
@@ -180,7 +225,8 @@ def _last(path: Path) -> dict[str, float]:
 
 def _spread(values: list[float]) -> dict[str, Any]:
     """Geometric mean over seeds, and the seeds' extremes."""
-    return {"values": values, "mean": math.exp(fmean(map(math.log, values))), "low": min(values), "high": max(values)}
+    mean = math.exp(fmean(map(math.log, values))) if min(values) > 0 else 0.0
+    return {"values": values, "mean": mean, "low": min(values), "high": max(values), "matched": True}
 
 
 def markdown(config: AblationConfig, built: Report) -> str:
@@ -195,7 +241,7 @@ def markdown(config: AblationConfig, built: Report) -> str:
     for name, of in config.groups.items():
         group = built["groups"][name]
         lines += ["", f"## {name}", "", _reading(config, of, group), ""]
-        heads = list(group["students"][of.baseline]["columns"])
+        heads = group["columns"]
         lines += ["| student | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
         for student in (group["students"][name] for name in of.students):
             lines.append(f"| {student['about']} | " + " | ".join(_cell(student["columns"][head]) for head in heads) + " |")
@@ -209,13 +255,21 @@ def _reading(config: AblationConfig, of: Group, group: Report) -> str:
             "Held-out figures, with the posterior noise of the text where the student takes noise. That noise knows the text: they say how much a "
             f"student reads of it, not how well it writes. {trained}"
         )
+    if of.measure == "accept":
+        return (
+            f"Tokens that a call of {of.teacher} writes where the student drafts at most {of.block} from fresh noise, {config.sequences} "
+            "sequences: more is better, 1 is plain sampling. Rejection is the rule of speculative sampling, for students that know nothing of the "
+            f"noise. Token k: how often it stands where those before it did. {trained}"
+        )
     return (
         f"Perplexity under the judge at the entropy of held-out text, {config.sequences} sequences. The baseline's row is perplexity; the others are "
         f"over the baseline's of the same seed: below 1 is better. † where a frontier does not reach that entropy: its nearest end. {trained}"
     )
 
 
-def _cell(found: dict[str, Any]) -> str:
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "—"
     digits = 1 if found["mean"] >= 10 else 3
     text = f"{found['mean']:.{digits}f}"
     if len(found["values"]) > 1:

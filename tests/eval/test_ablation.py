@@ -22,7 +22,7 @@ BASE = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished ablation of two groups and two seeds."""
+    """A finished ablation of three groups and two seeds."""
     root = write_world(tmp_path_factory.mktemp("ablation"))
     data = {"path": str(root / "heldout"), "heldout": str(root / "heldout")}
     (root / "base.yaml").write_text(yaml.safe_dump(BASE | {"data": data, "output": "unused"}))
@@ -32,6 +32,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "figures": {
             "recipe": str(root / "base.yaml"), "baseline": "plain", "measure": "heldout", "figures": ["nelbo"],
             "students": {"plain": {"about": "nothing"}},
+        },
+        "drafting": {
+            "recipe": str(root / "base.yaml"), "baseline": "plain", "measure": "accept", "teacher": str(root / "teacher"), "block": 2,
+            "students": {"plain": {}, "noisy": {"about": "drafts with noise", "set": noise}},
         },
     }  # fmt: skip
     settings = {
@@ -66,6 +70,24 @@ def test_figures_are_ratios_to_the_baseline_of_the_same_seed(made: Path) -> None
     assert built["groups"]["figures"]["students"]["plain"]["columns"]["nelbo"]["values"][0] == last["heldout/nelbo"]
 
 
+def test_students_that_draft_are_compared_by_the_tokens_of_a_call(made: Path) -> None:
+    group = json.loads((made / "out" / "ablation.json").read_text())["groups"]["drafting"]
+    built = group["students"]
+    rules = ["tokens a call, shared noise", "tokens a call, rejection"]
+    assert group["columns"] == [*rules, "token 1 stands, shared noise", "token 2 stands, shared noise"]
+    assert built["noisy"]["columns"][rules[1]] is None and "| drafts with noise | " in (made / "out" / "ablation.md").read_text()
+    assert next(line for line in (made / "out" / "ablation.md").read_text().splitlines() if "drafts with noise" in line).split(" | ")[2] == "—"
+    for seed in (1, 2):
+        report = json.loads((made / "out" / f"seed-{seed}" / "accept-drafting" / "accept.json").read_text())
+        assert report["settings"]["sequences"] == 24 and report["settings"]["seed"] == seed and report["settings"]["block"] == 2
+        for system in report["systems"]:
+            columns = built[system["name"].removeprefix("drafting-")]["columns"]
+            assert columns[f"tokens a call, {system['rule']}"]["values"][seed - 1] == system["tokens_per_call"]["value"] >= 1
+            if system["rule"] == "shared noise":
+                stands = [columns[f"token {k} stands, shared noise"]["values"][seed - 1] for k in (1, 2)]
+                assert stands == [head["conditional"]["value"] for head in system["heads"]]
+
+
 def test_the_page_names_seeds_steps_and_students_in_the_recipes_order(made: Path) -> None:
     config = parse(["ablation", "--config", str(made / "ablation.yaml")])[1]
     page = (made / "out" / "ablation.md").read_text()
@@ -95,6 +117,8 @@ def test_no_recipe_of_the_project_writes_its_page_over_what_was_written_by_hand(
         ({"seeds": [1, 1]}, "each once"),
         ({"groups": {"g": {"recipe": "r", "baseline": "b", "students": {"a": {}}}}}, "not among the students"),
         ({"groups": {"g": {"recipe": "r", "baseline": "a", "measure": "heldout", "students": {"a": {}}}}}, "heldout needs figures"),
+        ({"groups": {"g": {"recipe": "r", "baseline": "a", "measure": "accept", "students": {"a": {}}}}}, "accept needs the teacher"),
+        ({"groups": {"g": {"recipe": "r", "baseline": "a", "teacher": "t", "students": {"a": {}}}}}, "the others none"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
