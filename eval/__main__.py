@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         command, config = parse(arguments)
-        run: dict[str, Callable[[Any], None]] = {
+        run: dict[str, Callable[[Any], object]] = {
             "report": report,
             "sample": single.sample_one,
             "perplexity": single.perplexity_one,

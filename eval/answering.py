@@ -42,6 +42,11 @@ class TextStudent:
         model = getattr(self._writer, "lm", None)
         if not isinstance(model, CausalLM):
             student = self._writer.student
+            if student.ahead:
+                raise DatasetError(
+                    f"{config.student} holds a student of kind mtp, whose likelihood is not computed; give one of kind mdlm, bd3lm or ar, "
+                    "or a causal LM"
+                )
             return MaskedLikelihood(student, draws, config.seed, noise_temperature), student.noise.kind != "none"
         if noise_temperature != 1:
             raise ValueError(f"noise_temperature is {noise_temperature}, but a causal LM takes no noise; drop it")

@@ -81,8 +81,8 @@ class ZeroShotConfig:
         return list(STANDARD) if self.tasks == "standard" else [name.strip() for name in self.tasks.split(",") if name.strip()]
 
 
-def zero_shot(config: ZeroShotConfig) -> None:
-    """Score the tasks, print the table, and write results, settings and task versions as JSON."""
+def zero_shot(config: ZeroShotConfig) -> Path:
+    """Score the tasks, print the table, and write results, settings and task versions as JSON; returns where."""
     writing = SampleConfig(
         config.student, config.output, config.bos, config.tokenizer, nfe=config.nfe, choose="argmax", seed=config.seed, device=config.device
     )
@@ -112,6 +112,7 @@ def zero_shot(config: ZeroShotConfig) -> None:
     print(f"likelihood: {student.about}\nresults: {path}")
     if student.noisy:
         print(UNDERSTATES)
+    return path
 
 
 def _path(config: ZeroShotConfig, request: dict[str, Any]) -> Path:

@@ -238,6 +238,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_student(folder / "bd3lm", blocks, blocks.state_dict(), {}, {"dataset": str(folder / "heldout")})
     write_student(folder / "gumbel", noise=NOISE)
     write_student(folder / "ar", kind="ar")
+    ahead = build(StudentConfig(kind="mtp", layers=1, hidden=16, heads=2, predict=2, context="drawn"), VOCAB, LENGTH)
+    save_student(folder / "mtp", ahead, ahead.state_dict(), {}, {"dataset": str(folder / "heldout")})
     questions = [{"question": f"w{i} w{i + 1}", "choices": ["w3 w4", "w5", "w6 w7"], "answer": i % 3} for i in range(4, 9)]
     (folder / "questions.json").write_text("\n".join(map(json.dumps, questions)))
     common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/questions.json}}}}\ntest_split: test\n"
@@ -355,7 +357,7 @@ def test_requests_are_answered_in_order_and_each_only_once(tmp_path: Path, monke
 def test_what_cannot_be_scored_is_one_clear_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
         ("mdlm", ["--draws", "0"], "draws is 0"), ("mdlm", ["--noise_temperature", "0.5"], "takes no noise"),
-        ("mdlm", ["--tasks", ","], "tasks is ','"), ("heldout", [], "is neither a student"),
+        ("mdlm", ["--tasks", ","], "tasks is ','"), ("heldout", [], "is neither a student"), ("mtp", [], "mtp, whose likelihood is not computed"),
     ]  # fmt: skip
     for name, options, message in cases:
         assert main(["zero-shot", "--student", str(world / name), "--output", str(tmp_path), "--device", "cpu", *options]) == 1, message
