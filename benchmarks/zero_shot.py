@@ -29,7 +29,7 @@ from noise.storage import DatasetError, read_json
 from trainer.data import NoiseDataset
 
 NEXT, ORDER, TEXT = "heldout_next", "heldout_order", "heldout_text"
-_BEFORE, _AFTER, _CHOICES = 5, 4, 4  # words of a beginning, at least; of a continuation; answers of a question
+_BEFORE, _AFTER, _CHOICES = 2, 3, 4  # words of a beginning, at least; of a continuation; answers of a question
 
 Question = dict[str, Any]
 
