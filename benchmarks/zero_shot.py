@@ -6,7 +6,7 @@
 
     heldout_next    the beginning of a text, and which of four continuations is its own; the others are those of other texts. Chance: .25
     heldout_order   the same, where the others have the words of its own in another order. Chance: .25
-    heldout_text    perplexity of whole texts, a word
+    heldout_text    perplexity of these texts, a word
 
 The questions are a function of the rows and of nothing else. Every student is scored by `python -m eval zero-shot`, whose answers are kept.
 """
@@ -64,25 +64,41 @@ class Config:
 
 def questions(texts: list[str], most: int) -> dict[str, list[Question]]:
     """Task -> [{context, choices, answer}] or [{text}]. A continuation begins with the blanks before it. Raises DatasetError for too little text."""
-    usable = [cut for cut in map(_cut, texts) if cut is not None][:most]
-    if len(usable) < _CHOICES:
-        raise DatasetError(f"{len(usable)} rows have {_BEFORE + _AFTER} words, of which {_AFTER} differ; questions need {_CHOICES} such rows")
+    cuts = {text: cut for text in texts if (cut := _cut(text)) is not None}
+    usable = list(cuts.values())[:most]
     following, ordered = [], []
     for number, (context, own) in enumerate(usable):
-        others = [usable[(number + step) % len(usable)][1] for step in range(1, _CHOICES)]
+        others = _others(own, [usable[(number + step) % len(usable)][1] for step in range(1, len(usable))])
+        if len(others) < _CHOICES - 1:
+            break
         following.append(_question(context, own, others, number))
         ordered.append(_question(context, own, _reordered(own, number), number))
-    return {NEXT: following, ORDER: ordered, TEXT: [{"text": context + own} for context, own in usable]}
+    if not usable or len(following) < len(usable):
+        raise DatasetError(
+            f"{len(usable)} rows have more than {_BEFORE + _AFTER} words, of which {_AFTER} in a row differ; questions need {_CHOICES} such rows "
+            "with continuations that differ: give more held-out text"
+        )
+    return {NEXT: following, ORDER: ordered, TEXT: [{"text": text} for text in list(cuts)[:most]]}
 
 
 def _cut(text: str) -> tuple[str, str] | None:
-    """(the beginning, the next words with the blanks before each); None for a text of too few words, or of the same ones."""
+    """(the beginning, the next words with the blanks before each); None for a text of too few words, or where the next are not all different."""
     words = [match.span() for match in re.finditer(r"\S+", text)]
     if len(words) < _BEFORE + _AFTER + 1:  # the last word may be cut off
         return None
     begin = max(_BEFORE, (len(words) - 1 - _AFTER) // 2)
     context, own = text[: words[begin - 1][1]], text[words[begin - 1][1] : words[begin + _AFTER - 1][1]]
     return (context, own) if len(set(own.split())) == _AFTER else None
+
+
+def _others(own: str, after: list[str]) -> list[str]:
+    """The first continuations of other words than its own, and than each other."""
+    found = {tuple(own.split()): own}
+    for other in after:
+        found.setdefault(tuple(other.split()), other)
+        if len(found) == _CHOICES:
+            break
+    return list(found.values())[1:]
 
 
 def _question(context: str, own: str, others: list[str], number: int) -> Question:

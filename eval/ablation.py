@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from eval.causal import CausalLM
 from eval.config import AcceptConfig, ReportConfig, System
 from eval.reconstruct import full_rows
 from eval.taught import make_all
@@ -72,6 +73,17 @@ class Group:
             raise ValueError(f"baseline is {self.baseline!r}, which is not among the students: {', '.join(self.students)}")
         if (self.measure == "heldout") != bool(self.figures):
             raise ValueError(f"measure is {self.measure} and figures {self.figures}; heldout needs figures, the others read none")
+        read = {"perplexity": ["nfe"], "accept": ["block"], "heldout": []}[self.measure]
+        for name, default in (("nfe", [1, 2, 4, 8]), ("block", Group.block)):
+            if name not in read and getattr(self, name) != default:
+                raise ValueError(f"{name} is {getattr(self, name)}, but measure is {self.measure}, which does not read it; drop it")
+        usual = Variant()
+        for student, variant in self.students.items() if self.measure != "perplexity" else ():
+            for name in ("temperatures", "noise_temperatures", "output"):
+                if getattr(variant, name) != getattr(usual, name):
+                    raise ValueError(
+                        f"{name} of {student} is {getattr(variant, name)}, but measure is {self.measure}, which samples nothing; drop it"
+                    )
         if (self.measure == "accept") != bool(self.teacher):
             raise ValueError(f"measure is {self.measure} and teacher {self.teacher!r}; accept needs the teacher that is drafted for, the others none")
 
@@ -129,6 +141,10 @@ def build(config: AblationConfig) -> Report:
     from trainer.loop import train
 
     places = [(group, name) for group, of in config.groups.items() for name in of.students]
+    for group, of in config.groups.items():
+        if of.measure == "accept":
+            _accept_configs(config, group)
+            CausalLM(of.teacher)
     jobs = {f"{group} {name}, seed {seed}": training(config, group, name, seed) for seed in config.seeds for group, name in places}
     make_all({name: partial(train, job) for name, job in jobs.items()}, config.workers, config.device)
     measures = {"perplexity": _perplexities, "accept": _accepted, "heldout": _heldout}
@@ -183,26 +199,30 @@ def _accepted(config: AblationConfig, group: str) -> dict[str, Any]:
     from eval.accept import build as build_accept
 
     of, found = config.groups[group], {}
-    bos = int(full_rows(NoiseDataset(config.heldout), 1)[0, 0])
-    reports = [
-        build_accept(
-            AcceptConfig(
-                [str(config.student(group, name, seed)) for name in of.students], of.teacher, str(config.folder / f"seed-{seed}" / f"accept-{group}"),
-                bos=bos, block=of.block, sequences=config.sequences, batch=_ACCEPT_BATCH, seed=seed, device=config.device,
-            )
-        )
-        for seed in config.seeds
-    ]  # fmt: skip
+    reports = [build_accept(accepting) for accepting in _accept_configs(config, group)]
     for name, variant in of.students.items():
         by_rule = [{s["rule"]: s for s in report["systems"] if s["name"] == config.student(group, name, 0).name} for report in reports]
         columns = {
             f"tokens a call, {rule}": _spread([at[rule]["tokens_per_call"]["value"] for at in by_rule]) if rule in by_rule[0] else None
             for rule in (SHARED, REJECTION)
         }
-        for k in range(min(len(at[SHARED]["heads"]) for at in by_rule)):
-            columns[f"token {k + 1} stands, {SHARED}"] = _spread([at[SHARED]["heads"][k]["conditional"]["value"] for at in by_rule])
+        for k in range(of.block):
+            heads = [at[SHARED]["heads"][k : k + 1] for at in by_rule]
+            columns[f"token {k + 1} stands, {SHARED}"] = _spread([head["conditional"]["value"] for (head,) in heads]) if all(heads) else None
         found[name] = {"about": variant.about or name, "columns": columns}
     return found
+
+
+def _accept_configs(config: AblationConfig, group: str) -> list[AcceptConfig]:
+    """One a seed. Raises ValueError for a draft of no tokens, DatasetError for held-out rows that are none."""
+    of, bos = config.groups[group], int(full_rows(NoiseDataset(config.heldout), 1)[0, 0])
+    return [
+        AcceptConfig(
+            [str(config.student(group, name, seed)) for name in of.students], of.teacher, str(config.folder / f"seed-{seed}" / f"accept-{group}"),
+            bos=bos, block=of.block, sequences=config.sequences, batch=_ACCEPT_BATCH, seed=seed, device=config.device,
+        )
+        for seed in config.seeds
+    ]  # fmt: skip
 
 
 def _heldout(config: AblationConfig, group: str) -> dict[str, Any]:

@@ -199,13 +199,18 @@ def _systems(config: AcceptConfig, teacher: CausalLM, students: dict[str, Any]) 
         if getattr(config, setting) != default and not set(kinds.values()) & set(takers):
             raise ValueError(f"{setting} is {getattr(config, setting)}, which only students of kind {' and '.join(takers)} read; drop it")
     systems = []
-    reads = {name for name, student in students.items() if config.given_noise and kinds[name] != "ar" and student.noise.known}
-    if config.given_noise and not reads:
-        raise ValueError("given_noise is set, but no student reads the noise of known tokens (noise.known); drop it")
+    told = {
+        name: GivenTeacher(config.teacher, student, str(teacher.device), teacher, f"given_noise is set for {name}, and teacher")
+        for name, student in students.items()
+        if config.given_noise and kinds[name] != "ar" and student.noise.known and student.noise.informed
+    }
+    if config.given_noise and not told:
+        raise ValueError(
+            "given_noise is set, but no student reads the posterior noise of known tokens (noise.known, and a noise.kind of the text); drop it"
+        )
     for name, student in students.items():
-        given_teacher = GivenTeacher(config.teacher, student, str(teacher.device), teacher) if name in reads else None
         drafter = drafting.drafter_for(student, teacher, config.nfe, config.sight)
         noise = "none" if isinstance(student, CausalLM) else student.noise.kind
         rules = [SHARED] + ([REJECTION] if noise in ("none", "independent") and not config.rows else [])
-        systems += [System(Path(name).name, rule, drafter, given_teacher) for rule in rules]
+        systems += [System(Path(name).name, rule, drafter, told.get(name)) for rule in rules]
     return systems

@@ -129,7 +129,7 @@ class DraftedWriter(_Drafted):
 def _given_by(lm: CausalLM, drafter: Any, config: SampleConfig) -> GivenTeacher | None:
     """The LM itself, as the teacher of its drafter, where it is named. Raises ValueError where another is."""
     about = f"given_teacher is {config.given_teacher!r}, but"
-    if config.given_teacher and config.given_teacher != config.student:
+    if config.given_teacher and Path(config.given_teacher) != Path(config.student):
         raise ValueError(f"{about} drafts are judged by {config.student}; give that one, or drop it")
     if config.given_teacher and isinstance(drafter, CausalLM):
         raise ValueError(f"{about} the drafter {config.drafter} is a causal LM, which reads no noise; drop it")

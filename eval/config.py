@@ -13,7 +13,7 @@ class System:
     """One student of a report, traced by one of: temperatures, noise temperatures, nuclei."""
 
     student: str
-    """Folder of a trained mdlm, bd3lm or ar student."""
+    """Folder of a trained mdlm, bd3lm, mtp, medusa or ar student."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     """Divide the logits before sampling; more than one traces the frontier."""
     noise_temperatures: list[float] = field(default_factory=lambda: [1.0])
@@ -41,7 +41,8 @@ class System:
     recompute: int = 0
     """W of adaptive, as in `eval sample`."""
     nfe: list[int] = field(default_factory=list)
-    """Function evaluations of this system; empty: the report's. An ar student makes one forward a token."""
+    """Function evaluations of this system; empty: the report's. An mtp student needs as many as write its rows. An ar student makes one forward a
+    token, a medusa student those that it takes: it drafts for its backbone, whose text it writes."""
 
     def __post_init__(self) -> None:
         for name in ("temperatures", "noise_temperatures", "nuclei", "nfe"):

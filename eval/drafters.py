@@ -8,8 +8,7 @@
     ar        any small causal LM, token by token with a cache: classic speculative decoding
 
 Drafters whose logits were made with the noise guess their argmax; the others' logits are the referee's to choose from (referee). One that reads the
-noise of known tokens (noise.known) is told that of all written ones, and that of given
-ones which the caller names.
+noise of known tokens (noise.known) is told that of all written ones, and of given ones what the caller names.
 Shapes: A rows, L positions, N masked positions (row-major), J places of a medusa student, V vocabulary.
 """
 

@@ -50,8 +50,9 @@ class GivenTeacher:
     """The teacher of a student's dataset; `lm` is it where it is loaded already. Raises ValueError where its noise would not be read, or where it
     is another model."""
 
-    def __init__(self, name: str, student: Any, device: str, lm: CausalLM | None = None):
-        about = f"given_teacher is {name!r}, but"
+    def __init__(self, name: str, student: Any, device: str, lm: CausalLM | None = None, setting: str = "given_teacher"):
+        """`setting`: what named it, for errors."""
+        about = f"{setting} is {name!r}, but"
         if not (student.noise.known and student.noise.informed):
             raise ValueError(f"{about} the student reads no posterior noise at known tokens (noise.known, and a noise.kind of the text); drop it")
         self._teacher = lm or CausalLM(name, device)
@@ -71,8 +72,8 @@ class GivenTeacher:
         most = int(((given_PL == BLANK).cumsum(1) == 0).sum(1).max())
         if self._teacher.max_length is not None and most > self._teacher.max_length:
             raise ValueError(
-                f"given_teacher {self._teacher.name} has a context of {self._teacher.max_length}, but {most} tokens of a prompt are given; "
-                "shorten it, or drop given_teacher"
+                f"the teacher {self._teacher.name} has a context of {self._teacher.max_length}, but {most} tokens of a prompt are given; "
+                "shorten it, or give it no noise"
             )
 
     def __call__(self, given_BL: Tensor, sequence_id_B: Tensor, seed: int) -> KnownNoise | None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from eval.blocks import sample_blocks
+from eval.decoding import OrderName
 from eval.metrics import Array, Interval
 from eval.sampler import Decoding, MaskedStudent, sample
 from noise.storage import DatasetError
@@ -51,7 +52,7 @@ def reconstruct(
     dataset: NoiseDataset,
     rows: int,
     nfe: int,
-    order: Literal["random", "confidence"],
+    order: OrderName,
     seed: int,
     device: str = "cpu",
     done: Callable[[int], None] = lambda rows: None,
@@ -66,15 +67,15 @@ def returned(
     dataset: NoiseDataset,
     rows: int,
     nfe: int,
-    order: Literal["random", "confidence"],
+    order: OrderName,
     seed: int,
     device: str = "cpu",
     done: Callable[[int], None] = lambda rows: None,
 ) -> Array:
     """Which tokens come back, int8 [S, L]: 1 or 0, -1 where a token is given.
 
-    An mtp student writes from left to right. A bd3lm student spends its nfe evenly on its blocks, one after the other. Raises DatasetError
-    where the dataset has no noise.
+    An mtp student writes from left to right and takes no other order. A bd3lm student spends its nfe evenly on its blocks, one after the other.
+    Raises DatasetError where the dataset has no noise.
     """
     if dataset.extraction == "none":
         raise DatasetError(
@@ -91,8 +92,7 @@ def returned(
             decoding = Decoding(nfe=nfe // student.blocks, output="argmax", order=order)
             returned_BL = sample_blocks(student, ids_BL, batch.sequence_id_B, seed, decoding, g_MV).ids_BL
         else:
-            decoding = Decoding(nfe=nfe, output="argmax", order="left_to_right" if student.ahead else order)
-            returned_BL = sample(student, ids_BL, batch.sequence_id_B, seed, decoding, g_MV)
+            returned_BL = sample(student, ids_BL, batch.sequence_id_B, seed, Decoding(nfe=nfe, output="argmax", order=order), g_MV)
         same_BL = (returned_BL == batch.input_ids_BL).to(torch.int8)
         found.append(same_BL.masked_fill(~valid_BL, -1).cpu().numpy())
         done(len(ids_BL))

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from eval.adaptive import Auxiliary, accepted, target_scores
-from eval.decoding import Decoding, OrderName, SamplerName, choose, restricted_log_probs
+from eval.ahead import check_ahead
+from eval.decoding import Decoding, choose, restricted_log_probs
 from eval.schedules import confidence_rank, fixed_rank, known_after, reveal_times
 from eval.stream import NOISE_DRAW, OUTPUT_DRAW, step_seed, stream_uniform
 from eval.view import View
@@ -128,41 +129,6 @@ def _check(student: MaskedStudent, ids_BL: Tensor, decoding: Decoding, g_MV: Ten
         )
     if auxiliary is not None and auxiliary.vocab_size != student.vocab_size:
         raise ValueError(f"the small causal LM has a vocabulary of {auxiliary.vocab_size}, the student of {student.vocab_size}; they must share one")
-
-
-def ordered(student: Any, sampler: SamplerName, order: OrderName) -> OrderName:
-    """The order that is asked for; an mtp student has one alone. Raises ValueError where another, or a sampler with its own, was named."""
-    if not student.ahead:
-        return order
-    if order == "confidence" or sampler != "even":
-        raise ValueError(f"sampler is {sampler} and order {order}, but an mtp student writes from left to right, in even groups; drop them")
-    return "left_to_right"
-
-
-def check_ahead(student: Any, unknown_BL: Tensor, length_B: Tensor | None, decoding: Decoding) -> None:
-    """Raises ValueError for what an mtp student cannot fill: it writes from left to right, at most `ahead` tokens a forward."""
-    if not student.ahead:
-        return
-    if decoding.sampler != "even" or decoding.order != "left_to_right":
-        raise ValueError(
-            f"sampler is {decoding.sampler} and order {decoding.order}, but an mtp student writes from left to right, in even groups; take "
-            "sampler even and order left_to_right"
-        )
-    unknown_B = unknown_BL.sum(1)
-    most = int(unknown_B.max())
-    end_B = unknown_BL.shape[1] if length_B is None else length_B
-    if bool((unknown_BL.int().argmax(1) + unknown_B != end_B)[unknown_B > 0].any()):
-        raise ValueError("a row has tokens after its first unknown one, which an mtp student would not see; give them to a masked student")
-    if student.config.context == "row" and most > student.ahead:
-        raise ValueError(
-            f"a row has {most} unknown positions, but the student has learnt the last {student.ahead} of a row alone (student.context: row); give "
-            "longer prompts, or train one with context drawn"
-        )
-    if -(-most // decoding.nfe) > student.ahead:
-        raise ValueError(
-            f"nfe is {decoding.nfe}, but the student writes at most {student.ahead} tokens a forward, and a row has {most} unknown ones; "
-            f"raise nfe to at least {-(-most // student.ahead)}"
-        )
 
 
 def check_given(student: Any, given: KnownNoise | None) -> None:

@@ -7,8 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from eval.ahead import ordered
 from eval.cautions import cautions_of_one
 from eval.config import PerplexityConfig, ReconstructConfig, SampleConfig, System
+from eval.decoding import Decoding
 from eval.judge import Judge
 from eval.metrics import Scored, bootstrap_weights, mean
 from eval.page import interval
@@ -18,7 +20,7 @@ from eval.report import figures
 from eval.sample_set import sample_set
 from eval.show import show_figures, show_notes, show_texts
 from eval.study import device_of
-from eval.systems import check_nfe, is_free, load
+from eval.systems import check_bare, check_nfe, is_free, load
 from noise.storage import DatasetError
 from trainer.data import NoiseDataset
 
@@ -55,6 +57,7 @@ def perplexity_one(config: PerplexityConfig) -> None:
 def reconstruct_one(config: ReconstructConfig) -> None:
     """Print the share of held-out tokens that come back from their noise, by NFE, and in each part of the row."""
     student, dataset = _masked(config), NoiseDataset(config.heldout)
+    order = ordered(student, "even", config.order)
     if (student.vocab_size, student.block_length) != (dataset.codec.vocab_size, dataset.block_length):
         raise DatasetError(
             f"{config.student} has vocabulary {student.vocab_size} and block length {student.block_length}, {config.heldout} has "
@@ -67,7 +70,7 @@ def reconstruct_one(config: ReconstructConfig) -> None:
     for nfe in config.nfe:
         progress.begin(f"NFE {nfe}")
         count = functools.partial(progress.advance, each=nfe)
-        same_SL = returned(student, dataset, config.rows, nfe, config.order, config.seed, device_of(config.device), count)
+        same_SL = returned(student, dataset, config.rows, nfe, order, config.seed, device_of(config.device), count)
         weights_RS = bootstrap_weights(len(same_SL), config.replicates, config.seed)
         found[f"NFE {nfe}"] = interval(asdict(mean(shares(same_SL), weights_RS)), 4)
         for part in by_position(same_SL, weights_RS, most=4):
@@ -85,4 +88,6 @@ def _masked(config: ReconstructConfig) -> Any:
             f"{config.student} holds a student of kind {student.config.kind}, which reveals no masked positions; give one of kind mdlm, bd3lm or mtp"
         )
     check_nfe(config.student, system, student, config.nfe)
+    for nfe in config.nfe if student.ahead else ():
+        check_bare(config.student, student, Decoding(nfe, order=ordered(student, "even", config.order)))
     return student

@@ -124,12 +124,12 @@ def speculate(
     """Rows that begin with the first given_B >= 1 tokens of given_BP, int64, written up to limit_B tokens with drafts of at most `block`.
 
     teacher: eval.causal.CausalLM, whose `forward_of` reads several tokens at once. given: noise of given tokens, for a drafter that reads it, at
-    places of rows as wide as given_BP; it took a forward of the teacher, which counts for every row.
+    places of rows as wide as given_BP; it took a forward of the teacher, which counts for the rows that have some.
     """
     rows, written = _begin(given_BP, given_B, limit_B, block)
     if given is not None:
         rows.given = given.within(rows.row_A, given_BP.shape[1], 0, 0, rows.ids_AL.shape[1])
-        written.calls_B.add_(1)
+        written.calls_B[(given.where_K // given_BP.shape[1]).unique()] += 1
     reader = Lockstep(teacher.forward_of(drafter.reads_hidden), teacher.name)
     drafter.begin()
     while True:

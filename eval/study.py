@@ -28,7 +28,8 @@ from eval.metrics import Array, Scored
 from eval.progress import Progress
 from eval.reconstruct import full_rows, returned
 from eval.sampler import sampling_noise
-from eval.systems import Draw, Traced, check_nfe, draw_causal, draw_drafted, draw_masked, is_free, load, resolved, trace
+from eval.speculative import Drafter
+from eval.systems import CAUSAL, Draw, Traced, check_nfe, draw_causal, draw_drafted, draw_masked, is_free, load, resolved, trace
 from eval.tables import Request
 from eval.timing import REPEATS, machine, seconds
 from noise.storage import DatasetError, sha256_file
@@ -82,6 +83,7 @@ class Study:
         self.points = [point for name, system in config.systems.items() for point in trace(name, system, self.students[name], config.nfe)]
         self._noise: dict[int, Tensor] = {}
         self._lms: dict[str, CausalLM] = {}
+        self._drafted: dict[str, tuple[CausalLM, Drafter]] = {}
         self.progress = Progress(self._work(), show_progress)
 
     def _student(self, name: str) -> Any:
@@ -152,11 +154,17 @@ class Study:
         if student.config.kind == "ar":
             return lambda ids_B: draw_causal(self.lm(system.student), decoding, config.seed, bos, student.block_length, ids_B)
         if student.config.kind == "medusa":
-            lm, heads = with_heads(student, self.device)
+            lm, heads = self._with_heads(point.system)
             return lambda ids_B: draw_drafted(lm, heads, decoding, config.seed, bos, student.block_length, ids_B.to(self.device))
         auxiliary = self.lm(system.auxiliary) if system.auxiliary else None
         noise = self._cached_noise if cached_noise else None
         return lambda ids_B: draw_masked(student, decoding, config.seed, bos, self.device, ids_B, noise, auxiliary)
+
+    def _with_heads(self, name: str) -> tuple[CausalLM, Drafter]:
+        """A medusa system's backbone and heads, once."""
+        if name not in self._drafted:
+            self._drafted[name] = with_heads(self.students[name], self.device)
+        return self._drafted[name]
 
     def sampled(self, point: Traced) -> tuple[Array, Array]:
         """(tokens int32 [S, L], forwards int32 [S]) of a traced point."""
@@ -178,7 +186,7 @@ class Study:
     def _request(self, point: Traced) -> Request:
         config, length = self.config, self.heldout.block_length
         decoding = point.decoding.request()
-        if self.students[point.system].config.kind in ("medusa", "ar"):
+        if self.students[point.system].config.kind in CAUSAL:
             decoding = {name: value for name, value in decoding.items() if name in ("temperature", "nucleus", "top_k", "output")}
         auxiliary = config.systems[point.system].auxiliary
         if auxiliary:
@@ -264,9 +272,10 @@ class Study:
     def reconstructed(self, name: str, nfe: int) -> Array:
         """Which tokens come back, int8 [S, L] (see reconstruct.returned), of one system's student."""
         config = self.config
+        order = "left_to_right" if self.students[name].ahead else config.reconstruction_order
         request = {
             "student": self.identities[name], "heldout": self.heldout.manifest.root_hash, "nfe": nfe, "columns": "returned",
-            "rows": config.reconstruction_rows, "order": config.reconstruction_order, "seed": str(config.seed),
+            "rows": config.reconstruction_rows, "order": order, "seed": str(config.seed),
         }  # fmt: skip
         path = tables.piece(self.folder / "reconstruction", f"{name}-nfe{nfe}", request)
         count = self._counter(path, nfe)
@@ -274,9 +283,7 @@ class Study:
             count(config.reconstruction_rows)
             return tables.read(path)[0]["returned"]
         self.progress.begin(f"{name}, noise to text, NFE {nfe}")
-        same_SL = returned(
-            self.students[name], self.heldout, config.reconstruction_rows, nfe, config.reconstruction_order, config.seed, self.device, count
-        )
+        same_SL = returned(self.students[name], self.heldout, config.reconstruction_rows, nfe, order, config.seed, self.device, count)
         tables.write(path, {"returned": same_SL}, request)
         return same_SL
 

@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.ahead import check_ahead, least_forwards, ordered
 from eval.blocks import sample_blocks
 from eval.causal import CausalLM
 from eval.config import ReportConfig, System
 from eval.decoding import Decoding
 from eval.drafting import write_drafted
-from eval.sampler import blank_rows, check_ahead, check_noise, ordered, resolve_output, sample_counted
+from eval.sampler import blank_rows, check_noise, resolve_output, sample_counted
 from eval.speculative import Drafter
 from noise.storage import DatasetError, read_json
 from trainer.students import load_student
 
 KINDS = ("mdlm", "bd3lm", "mtp", "medusa", "ar")
-_CAUSAL = ("medusa", "ar")
+CAUSAL = ("medusa", "ar")
 """Whose text is a causal LM's own."""
 _FREE_SAMPLERS = ("first_hitting", "adaptive")
 _TEMPERATURES, _NOISE_TEMPERATURES = [0.8, 0.95, 1.1], [1.0, 1.3, 1.6]
@@ -90,10 +91,10 @@ def discover(folder: Path, nfe: list[int], shape: tuple[int, int]) -> tuple[dict
             notes.append(
                 f"{path} has vocabulary {own[0]} and block length {own[1]}, the held-out rows {shape[0]} and {shape[1]}: it is not in this report."
             )
-        elif kind not in _CAUSAL and noise.get("readout") and noise.get("kind") not in ("none", "independent"):
+        elif kind not in CAUSAL and noise.get("readout") and noise.get("kind") not in ("none", "independent"):
             systems[path.name] = System(str(path), noise_temperatures=_NOISE_TEMPERATURES, nfe=_own_nfe(about, nfe))
         else:  # what does not use its noise, or samples at its output, is traced there
-            output: Any = "auto" if kind in _CAUSAL else "sample"
+            output: Any = "auto" if kind in CAUSAL else "sample"
             systems[path.name] = System(str(path), temperatures=_TEMPERATURES, output=output, nfe=_own_nfe(about, nfe))
     return systems, notes
 
@@ -109,7 +110,7 @@ def _own_nfe(about: dict[str, Any], nfe: list[int]) -> list[int]:
     """A bd3lm student's numbers: the report's that its blocks divide, or else one, two, four ... forwards a block. An mtp student's: those that
     suffice, or else as few forwards as do."""
     if about["kind"] == "mtp":
-        least = -(-(int(about["block_length"]) - 1) // int(about["student"]["predict"]))
+        least = least_forwards(int(about["block_length"]) - 1, int(about["student"]["predict"]))
         return [n for n in nfe if n >= least] or [least]
     if about["kind"] != "bd3lm":
         return []
@@ -124,7 +125,7 @@ def load(name: str, system: System, device: str) -> Any:
     kind = student.config.kind
     if kind not in KINDS:
         raise DatasetError(f"{system.student} holds a student of kind {kind}; rows are written by kind {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-    if kind in _CAUSAL:
+    if kind in CAUSAL:
         how = "an ar student writes one token a forward" if kind == "ar" else "a medusa student writes what its backbone does"
         ignored = {
             "noise_temperatures": [1.0], "output": "auto", "sampler": "even", "order": "random", "fresh_noise": False, "nfe": [],
@@ -139,7 +140,7 @@ def load(name: str, system: System, device: str) -> Any:
 
 def is_free(system: System, student: Any) -> bool:
     """Whether the number of forwards is its own."""
-    return student.config.kind in _CAUSAL or system.sampler in _FREE_SAMPLERS
+    return student.config.kind in CAUSAL or system.sampler in _FREE_SAMPLERS
 
 
 def trace(name: str, system: System, student: Any, nfe: list[int]) -> list[Traced]:
@@ -148,22 +149,29 @@ def trace(name: str, system: System, student: Any, nfe: list[int]) -> list[Trace
         raise ValueError(
             f"{system.student} takes no noise (noise.kind: none) but has noise_temperatures {system.noise_temperatures}; trace it by temperatures"
         )
-    output = resolve_output("sample" if student.config.kind in _CAUSAL and system.output == "auto" else system.output, student)
+    output = resolve_output("sample" if student.config.kind in CAUSAL and system.output == "auto" else system.output, student)
     free = is_free(system, student)
     traced = [
         Traced(name, _decoding(system, student, asked, t, n, p, output), asked)
         for asked in ([0] if free else system.nfe or nfe)
         for t in system.temperatures for n in system.noise_temperatures for p in system.nuclei or [system.nucleus]
     ]  # fmt: skip
-    unknown_1L = torch.arange(student.block_length)[None] > 0
     for point in traced:
         check_noise(student, point.decoding)
-        check_ahead(student, unknown_1L, None, point.decoding)
+        check_bare(f"system {name}", student, point.decoding)
     return traced
 
 
+def check_bare(about: str, student: Any, decoding: Decoding) -> None:
+    """Raises ValueError where an mtp student cannot write rows from BOS alone so."""
+    try:
+        check_ahead(student, torch.arange(student.block_length)[None] > 0, None, decoding)
+    except ValueError as error:
+        raise ValueError(f"{about}: {error}") from None
+
+
 def _decoding(system: System, student: Any, nfe: int, temperature: float, noise_temperature: float, nucleus: float, output: Any) -> Decoding:
-    causal = student.config.kind in _CAUSAL
+    causal = student.config.kind in CAUSAL
     order = system.order if causal else ordered(student, system.sampler, system.order)
     return Decoding(
         1 if causal else nfe, temperature, noise_temperature, nucleus, output, order, system.top_k, system.sampler,

@@ -1,4 +1,5 @@
-"""What a masked student reads of a row in one call of adaptive decoding: its next masked positions, and its newest tokens.
+"""What a masked student reads of a row in one call of adaptive decoding: its next masked positions, and its newest tokens. (An mtp student is shown
+the next masks, as many as it predicts, in every call.)
 
     lookahead (the paper's M)   the row ends before the masked position that follows its next M ones: given tokens behind that are not seen either,
                                 until the call in which they come into view

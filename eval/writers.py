@@ -7,11 +7,13 @@ Shapes: B rows, L positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from eval.ahead import check_ahead, least_forwards, ordered
 from eval.blocks import check_blocks, sample_blocks
 from eval.causal import CausalLM, folder_identity
 from eval.causal_writers import CausalWriter, DraftedWriter, MedusaWriter, loaded, trained_tokenizer
@@ -19,7 +21,7 @@ from eval.config import SampleConfig
 from eval.decoding import Decoding
 from eval.given import given_teacher
 from eval.prompts import BLANK, Prompts
-from eval.sampler import check_ahead, ordered, resolve_output, sample_counted
+from eval.sampler import resolve_output, sample_counted
 from eval.study import device_of, load_masked
 from noise.storage import DatasetError, read_json
 
@@ -76,8 +78,8 @@ class MaskedWriter:
     def __init__(self, config: SampleConfig):
         self.device, self.seed, self.padded = device_of(config.device), config.seed, False
         self.student = load_masked(config.student, self.device)
-        least = -(-(self.student.block_length - 1) // self.student.ahead) if self.student.ahead else DEFAULT_NFE
-        nfe = config.nfe or (least if config.sampler in ("even", "ancestral") else 0)
+        nfe = config.nfe or (DEFAULT_NFE if config.sampler in ("even", "ancestral") else 0)
+        self._as_few_as_do = bool(self.student.ahead) and not config.nfe
         self.decoding = _decoding(config, self.student, nfe)
         if bool(config.auxiliary) != (config.sampler == "adaptive"):
             raise ValueError(
@@ -85,8 +87,8 @@ class MaskedWriter:
             )
         self.auxiliary = CausalLM(config.auxiliary, self.device) if config.auxiliary else None
         self.given_teacher = given_teacher(config, self.student, self.device)
-        self.vocab_size, self.longest, self.asked = self.student.vocab_size, self.student.block_length, nfe
-        self.limit, self.label = config.student, config.sampler + (f"-nfe{nfe}" if nfe else "")
+        self.vocab_size, self.longest, self.limit = self.student.vocab_size, self.student.block_length, config.student
+        self._name()
         self.identity = folder_identity(Path(config.student))
         self.tokenizer = trained_tokenizer(self.student.provenance)
 
@@ -99,9 +101,16 @@ class MaskedWriter:
         if self.given_teacher:
             self.given_teacher.check(prompts.given_PL)
         most = int((prompts.given_PL == BLANK).sum(1).max())
+        if self._as_few_as_do:
+            self.decoding = replace(self.decoding, nfe=least_forwards(most, self.student.ahead))
+            self._name()
         if self.decoding.sampler == "even" and self.decoding.nfe > most:
             raise ValueError(f"nfe is {self.decoding.nfe} but no row has more than {most} unknown positions; lower nfe")
         check_ahead(self.student, prompts.given_PL == BLANK, prompts.length_P, self.decoding)
+
+    def _name(self) -> None:
+        nfe = self.decoding.nfe
+        self.asked, self.label = nfe, self.decoding.sampler + (f"-nfe{nfe}" if nfe else "")
 
     def __call__(self, given_BL: Tensor, length_B: Tensor, sequence_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given_BL, sequence_id_B = given_BL.to(self.device), sequence_id_B.to(self.device)

@@ -28,13 +28,23 @@ def test_each_question_has_its_own_answer_once_and_wrong_ones_of_the_kind_that_i
         assert [re.findall(r"\s+", choice) for choice in ordered["choices"]] == 4 * [re.findall(r"\s+", own)]
         texts = [TEXTS[(number + step) % 9] for step in range(1, 4)]
         assert all(choice in text for choice, text in zip([c for c in following["choices"] if c != own], texts, strict=True))
-        assert found[zero_shot.TEXT][number]["text"] == following["context"] + own
+        assert found[zero_shot.TEXT][number]["text"] == text
     assert zero_shot.questions(TEXTS, 5)[zero_shot.ORDER] == found[zero_shot.ORDER][:5]
 
 
 def test_too_little_text_is_said() -> None:
-    with pytest.raises(DatasetError, match="3 rows have 5 words, of which 3 differ; questions need 4 such rows"):
+    with pytest.raises(DatasetError, match="3 rows have more than 5 words, of which 3 in a row differ; questions need 4 such rows"):
         zero_shot.questions(TEXTS[:3], 10)
+    with pytest.raises(DatasetError, match="0 rows have"):
+        zero_shot.questions(["short"], 10)
+
+
+def test_texts_that_go_on_alike_are_no_two_answers_of_a_question() -> None:
+    alike = [f"{name} was here and he said that again" for name in ("one", "two", "three")] + ["a b c d e f g", "h i j k l m n", "o p q r s t u"]
+    for asked in zero_shot.questions(alike, 10)[zero_shot.NEXT]:
+        assert len(set(asked["choices"])) == 4
+    with pytest.raises(DatasetError, match="continuations that differ"):
+        zero_shot.questions(alike[:5], 10)
 
 
 def test_students_answer_them_through_the_harness(tmp_path: Path) -> None:

@@ -118,6 +118,23 @@ def test_no_recipe_of_the_project_writes_its_page_over_what_was_written_by_hand(
         ({"groups": {"g": {"recipe": "r", "baseline": "b", "students": {"a": {}}}}}, "not among the students"),
         ({"groups": {"g": {"recipe": "r", "baseline": "a", "measure": "heldout", "students": {"a": {}}}}}, "heldout needs figures"),
         ({"groups": {"g": {"recipe": "r", "baseline": "a", "measure": "accept", "students": {"a": {}}}}}, "accept needs the teacher"),
+        ({"groups": {"g": {"recipe": "r", "baseline": "a", "block": 8, "students": {"a": {}}}}}, "block is 8, but measure is perplexity"),
+        (
+            {"groups": {"g": {"recipe": "r", "baseline": "a", "measure": "accept", "teacher": "t", "nfe": [3], "students": {"a": {}}}}},
+            "nfe is [3], but measure is accept",
+        ),
+        (
+            {"groups": {"g": {"recipe": "r", "baseline": "a", "measure": "accept", "teacher": "t", "students": {"a": {"output": "sample"}}}}},
+            "output of a is sample, but measure is accept",
+        ),
+        (
+            {"groups": {"g": {"recipe": "r", "baseline": "a", "measure": "accept", "teacher": "t", "block": 0, "students": {"a": {}}}}},
+            "block is 0; it must be at least 1",
+        ),
+        (
+            {"groups": {"g": {"recipe": "r", "baseline": "a", "measure": "accept", "teacher": "/nowhere/gone", "students": {"a": {}}}}},
+            "/nowhere/gone",
+        ),
         ({"groups": {"g": {"recipe": "r", "baseline": "a", "teacher": "t", "students": {"a": {}}}}}, "the others none"),
     ],
 )

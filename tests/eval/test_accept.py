@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval.accept
 from eval import tables
 from eval.__main__ import main, parse
 from eval.accept import build as build_accept
@@ -17,13 +18,16 @@ from eval.accept_figures import figures
 from eval.causal import CausalLM
 from eval.config import AcceptConfig
 from eval.exact import write_dataset
+from eval.given import given_noise
 from eval.markov import MarkovTeacher
 from eval.metrics import bootstrap_weights
+from eval.prompts import BLANK
 from noise.storage import DatasetError, read_json
 from pipeline.tokenizer import tokenizer_hash
 from tests.eval.test_speculative import EVERYTHING, INPUT, KNOWN, L, V, student
 from tests.eval.world import write_causal, write_tokenizer
 from tests.trainer.chain import write_chain
+from trainer.config import NoiseConfig
 from trainer.students import save_student
 
 
@@ -60,6 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "masked", student(folder, "mdlm"), tokenizer_hash(folder / "teacher"))
     save(folder / "noisy", student(folder, "mdlm", EVERYTHING))
     save(folder / "reads", student(folder, "mdlm", KNOWN))
+    save(folder / "control", student(folder, "mdlm", NoiseConfig("independent", "replace", known=True)))
     save(folder / "heads", student(folder, "medusa", INPUT, backbone="teacher"))
     save(folder / "blocks", student(folder, "bd3lm", block_size=4))
     return folder
@@ -117,19 +122,45 @@ def test_prompts_are_continued_to_their_own_lengths(world: Path, tmp_path: Path)
     assert not columns["input_ids"][1, 6:].any() and found["systems"][0]["divergence"]["rows"] == 0
 
 
-def test_prompts_carry_posterior_noise_where_it_is_asked_for_and_its_call_is_counted(world: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text('{"text": "w5 w7 w2"}\n{"ids": [3, 4], "length": 9}\n')
+def test_prompts_carry_posterior_noise_where_it_is_asked_for_and_its_call_is_counted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"text": "w5 w7 w2"}\n{"ids": [3, 4], "length": 9}\n{"ids": [null, null]}\n')
     settings = {"prompts": str(tmp_path / "prompts.jsonl"), "length": 11, "sequences": 30, "batch": 4, "dtype": "float64"}
-    silent, told = (accept(world, tmp_path / str(given), "reads", "noisy", given_noise=given, **settings) for given in (False, True))
+    real, handed = eval.accept.speculate, []
+
+    def noted(*given: Any) -> Any:
+        handed.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(eval.accept, "speculate", noted)
+    silent, told = (accept(world, tmp_path, "reads", "noisy", given_noise=given, **settings) for given in (False, True))
+    assert silent["samples"] != told["samples"]
+    for _, drafter, _, given_BP, given_B, _, _, noise in handed[-2:]:
+        if drafter.student.noise.known:
+            blank_BP = torch.arange(given_BP.shape[1]) >= given_B[:, None]
+            number_B = torch.arange(28, 30)
+            expected = given_noise(
+                CausalLM(str(world / "teacher"), dtype="float64"), 1.0, given_BP.masked_fill(blank_BP, BLANK), number_B, told["settings"]["seed"]
+            )
+            assert expected is not None and torch.equal(noise.where_K, expected.where_K) and torch.equal(noise.g_KV, expected.g_KV)
+        else:
+            assert noise is None
     columns, _ = tables.read(Path(told["samples"]))
     before, _ = tables.read(Path(silent["samples"]))
     assert np.array_equal(columns["input_ids"], before["input_ids"]) and told["settings"]["given_noise"] is True
     assert [system["divergence"]["rows"] for system in told["systems"]] == [0, 0]
-    assert columns["1/calls"].sum() + columns["1/stands"].sum() == columns["tokens"].sum() + 30
+    assert columns["1/calls"].sum() + columns["1/stands"].sum() == columns["tokens"].sum() + 20  # two of three prompts have tokens behind BOS
+    alone = accept(world, tmp_path / "alone", "reads", given_noise=True, **{**settings, "batch": 1})
+    assert np.array_equal(tables.read(Path(alone["samples"]))[0]["1/calls"], columns["1/calls"])
     assert not np.array_equal(columns["1/stands"], before["1/stands"])
     assert all(np.array_equal(columns[f"2/{name}"], before[f"2/{name}"]) for name in ("calls", "stands"))  # this one reads none
-    with pytest.raises(ValueError, match="no student reads the noise of known tokens"):
-        accept(world, tmp_path / "c", "noisy", "small", given_noise=True, **settings)
+    with pytest.raises(ValueError, match="no student reads the posterior noise of known tokens"):
+        accept(world, tmp_path / "c", "noisy", "small", "control", given_noise=True, **settings)
+    assert (
+        accept(world, tmp_path / "d", "reads", "control", given_noise=True, **settings)["systems"][0]["tokens_per_call"]
+        == told["systems"][0]["tokens_per_call"]
+    )
     with pytest.raises(ValueError, match="prompts is empty"):
         accept(world, tmp_path / "c", "reads", given_noise=True)
 

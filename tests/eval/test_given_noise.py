@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eval import drafting
 from eval.__main__ import main
 from eval.causal import CausalLM
 from eval.config import SampleConfig, System
@@ -222,16 +223,30 @@ def test_what_would_be_ignored_is_refused(world: Path, tmp_path: Path, settings:
         sample_set(config(world, tmp_path, **{**settings, **teacher}))
 
 
-def test_the_teacher_that_judges_drafts_gives_prompts_their_noise(world: Path, tmp_path: Path) -> None:
-    (tmp_path / "prefixes.jsonl").write_text('{"text": "w5 w6 w7"}\n{"text": "w8 w9"}\n')
+def test_the_teacher_that_judges_drafts_gives_prompts_their_noise(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prefixes.jsonl").write_text(f'{{"text": "w5 w6 w7"}}\n{{"text": "w8 w9"}}\n{json.dumps({"ids": [None] * 7})}\n')
+    real, handed = drafting.write_drafted, []
+
+    def noted(*given: Any) -> Any:
+        handed.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(drafting, "write_drafted", noted)
     settings = {"student": "teacher", "prompts": str(tmp_path / "prefixes.jsonl"), "nfe": 0, "length": LENGTH, "sequences": 40}
     drafter, teacher = {"drafter": str(world / "known")}, {"given_teacher": str(world / "teacher")}
     alone, silent, told = (sample_set(config(world, tmp_path, **settings, **more)) for more in ({}, drafter, {**drafter, **teacher}))
     assert np.array_equal(told.columns["input_ids"], alone.columns["input_ids"]) and len({alone.path, silent.path, told.path}) == 3
     more = told.columns["nfe"] - silent.columns["nfe"]
-    assert (more >= -1).all() and len(set(more)) > 1  # a call more, and drafts that fare otherwise
-    together = sample_set(config(world, tmp_path / "b", **settings, **drafter, **teacher, batch=7))
-    assert all(np.array_equal(together.columns[name], told.columns[name]) for name in told.columns)
+    assert (more >= -1).all() and len(set(more)) > 1 and not more[2::3].any()  # a call more where tokens are given, and drafts that fare otherwise
+    *_, seed, given_BP, _, _, sequence_id_B, noise = handed[-1]
+    blank_BP = torch.arange(LENGTH) >= torch.tensor([4, 3, 1])[sequence_id_B % 3, None]
+    expected = given_noise(CausalLM(str(world / "teacher")), 1.0, given_BP.masked_fill(blank_BP, BLANK), sequence_id_B, seed)
+    assert expected is not None and torch.equal(noise.where_K, expected.where_K) and torch.equal(noise.g_KV, expected.g_KV)
+    for batch in (1, 7):
+        together = sample_set(config(world, tmp_path / str(batch), **settings, **drafter, **teacher, batch=batch))
+        assert all(np.array_equal(together.columns[name], told.columns[name]) for name in told.columns)
+    slash = config(world, tmp_path, **settings, **drafter, given_teacher=str(world / "teacher") + "/")
+    assert sample_set(slash).path == told.path
     for changed, message in [
         ({"given_teacher": str(world / "judge")}, "but drafts are judged by"),
         ({**teacher, "drafter": str(world / "gumbel")}, "the student reads no posterior noise at known tokens"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from eval.__main__ import main
 from eval.decoding import Decoding
 from eval.reconstruct import returned
 from eval.sampler import blank_rows, sample, sample_counted, sampling_noise
@@ -19,7 +20,7 @@ from tests.eval.test_sampler import even
 from tests.eval.world import LENGTH, VOCAB, write_heldout
 from trainer.config import NoiseConfig, StudentConfig
 from trainer.data import NoiseDataset
-from trainer.students import build
+from trainer.students import build, save_student
 
 NOISES = {
     "none": NoiseConfig(),
@@ -107,7 +108,7 @@ def test_a_seed_names_a_row_at_any_batch_size_and_length(noise: str) -> None:
 @pytest.mark.parametrize(
     ("context", "unknown", "decoding", "message"),
     [
-        ("drawn", 7, left(2), "nfe is 2, but the student writes at most 3 tokens a forward, and a row has 7 unknown ones; raise nfe to at least 3"),
+        ("drawn", 7, left(2), "nfe is 2, but the student writes at most 3 tokens a forward, and a row has 7 unknown ones; give at least 3"),
         ("drawn", 7, Decoding(4), "order random, but an mtp student writes from left to right"),
         ("drawn", 7, Decoding(sampler="first_hitting"), "sampler is first_hitting and order random"),
         ("row", 7, left(7), r"has 7 unknown positions, but the student has learnt the last 3 of a row alone \(student.context: row\)"),
@@ -132,5 +133,25 @@ def test_a_student_of_last_tokens_fills_the_ends_of_its_rows() -> None:
 
 def test_rows_are_rebuilt_from_left_to_right(tmp_path: Path) -> None:
     write_heldout(tmp_path / "rows", rows=20)
-    same = returned(mtp("argmax"), NoiseDataset(tmp_path / "rows"), 10, 3, "random", seed=1)
+    dataset = NoiseDataset(tmp_path / "rows")
+    same = returned(mtp("argmax"), dataset, 10, 3, "left_to_right", seed=1)
     assert same.shape == (10, LENGTH) and (same[:, 0] == -1).all() and set(same[:, 1:].flatten()) == {0, 1}
+    with pytest.raises(ValueError, match="an mtp student writes from left to right"):
+        returned(mtp("argmax"), dataset, 10, 3, "random", seed=1)
+
+
+def test_the_command_rebuilds_rows_and_refuses_what_cannot_be_before_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_heldout(tmp_path / "rows", rows=20)
+    for context in ("drawn", "row"):
+        student = mtp("argmax", context)
+        save_student(tmp_path / context, student, student.state_dict(), {}, {})
+    common = ["reconstruct", "--heldout", str(tmp_path / "rows"), "--rows", "5", "--device", "cpu", "--student"]
+    assert main([*common, str(tmp_path / "drawn"), "--nfe", "[3,7]"]) == 0 and "NFE 7" in capsys.readouterr().out
+    for name, options, message in [
+        ("drawn", ["--nfe", "[4,2]"], "the student writes at most 3 tokens a forward, and a row has 7 unknown ones; give at least 3"),
+        ("drawn", ["--nfe", "[4]", "--order", "confidence"], "order confidence, but an mtp student"),
+        ("row", ["--nfe", "[7]"], "has learnt the last 3 of a row alone"),
+    ]:
+        assert main([*common, str(tmp_path / name), *options]) == 1
+        out = capsys.readouterr()
+        assert message in out.err and out.err.count("\n") == 1 and not out.out

@@ -180,7 +180,10 @@ def test_what_does_not_fit_is_one_clear_line_before_any_work(world: Path, tmp_pa
     write_causal(tmp_path / "wide", 1, vocab_size=30)
     cases: list[tuple[dict, str]] = [
         ({"systems": {"plain": {"student": str(tmp_path / "heads"), "nfe": [4]}}}, "the student has learnt the last 2 of a row alone"),
-        ({"systems": {"plain": {"student": str(tmp_path / "ahead"), "nfe": [3]}}}, "raise nfe to at least 4"),
+        (
+            {"systems": {"plain": {"student": str(tmp_path / "ahead"), "nfe": [3]}}},
+            "system plain: nfe is 3, but the student writes at most 2 tokens a forward, and a row has 7 unknown ones; give at least 4",
+        ),
         ({"systems": {"plain": {"student": str(tmp_path / "ahead"), "nfe": [4], "order": "confidence"}}}, "an mtp student writes from left to right"),
         (
             {"systems": {"plain": {"student": str(tmp_path / "medusa"), "noise_temperatures": [1.1]}}},

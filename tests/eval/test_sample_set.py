@@ -44,6 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         StudentConfig("mtp", layers=2, hidden=16, heads=2, predict=3, context="drawn", noise=NoiseConfig("gumbel", "replace")), VOCAB, LENGTH
     )
     save_student(folder / "mtp", ahead, ahead.state_dict(), {}, {"dataset": str(folder / "heldout")})
+    (folder / "near.jsonl").write_text('{"text": "w5 w6 w7 w8 w9"}')
     (folder / "long.jsonl").write_text(json.dumps({"ids": [5] * 9}))
     write_causal(folder / "small", 9, vocab_size=13)
     blocks = build(StudentConfig("bd3lm", layers=2, hidden=16, heads=2, block_size=3), VOCAB, LENGTH)
@@ -105,6 +106,12 @@ def test_given_tokens_stay_and_blanks_are_filled_to_each_rows_length(world: Path
     expected = {"even": np.minimum(3, blanks), "first_hitting": blanks}
     assert np.array_equal(nfe, expected[kind]) if kind in expected else ((nfe >= 1) & (nfe <= blanks)).all()
     assert len(np.unique(ids, axis=0)) > 4
+
+
+def test_an_mtp_student_makes_as_few_forwards_as_its_blanks_take(world: Path, tmp_path: Path) -> None:
+    for settings, forwards in [({}, 3), ({"length": 4}, 1), ({"length": 5}, 2), ({"prompts": str(world / "near.jsonl")}, 1)]:
+        drawn = sample_set(config(world, tmp_path, student="mtp", **settings))
+        assert (drawn.columns["nfe"] == forwards).all() and f"even-nfe{forwards}-" in drawn.path.name and drawn.asked == forwards
 
 
 def test_a_causal_lm_continues_prefixes_and_counts_a_forward_a_token(world: Path, tmp_path: Path) -> None:
@@ -193,7 +200,7 @@ def test_what_does_not_fit_is_one_clear_line(world: Path, tmp_path: Path, capsys
         ("plain", {"lookahead": 4, "nfe": 2}, "sampler even does not write from left to right"),
         ("ar", {"nfe": 4}, "nfe is 4, but"),
         ("ar", {"recompute": 4}, "recompute is 4, but"),
-        ("mtp", {"nfe": 2}, "the student writes at most 3 tokens a forward, and a row has 7 unknown ones; raise nfe to at least 3"),
+        ("mtp", {"nfe": 2}, "the student writes at most 3 tokens a forward, and a row has 7 unknown ones; give at least 3"),
         ("mtp", {"order": "confidence"}, "order confidence, but an mtp student writes from left to right, in even groups; drop them"),
         ("mtp", {"sampler": "first_hitting"}, "sampler is first_hitting and order random, but an mtp student"),
         ("mtp", {"sampler": "ancestral"}, "an mtp student writes from left to right"),
