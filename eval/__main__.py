@@ -2,6 +2,7 @@
 
     python -m eval report --config recipes/demo_report.yaml
     python -m eval report --students STUDENTS --heldout HELDOUT --judge JUDGE --output FOLDER      all students of a folder
+    python -m eval report --students STUDENTS --datasets '[HELDOUT, OTHER]' ...                    of several datasets, a plot each
     python -m eval sample --student runs/demo/students/mdlm --output runs/demo --nfe 4
     python -m eval perplexity --student runs/demo/students/mdlm --output runs/demo --nfe 4 --judge runs/demo/judge
     python -m eval reconstruct --student runs/demo/students/mdlm-gumbel --heldout runs/demo/heldout
@@ -84,20 +85,40 @@ def _listed(arguments: list[str], name: str) -> list[str]:
 
 
 def report(config: ReportConfig) -> None:
-    """Write report.json, report.html, report.md and report.png, and print the table and the verdicts."""
-    from eval import page, plot, render
+    """Write report.json, report.html, report.md and report.png, and print the table and the verdicts; of several datasets one each, and a page."""
+    from eval import several
+    from eval.study import Study
+
+    if not config.datasets:
+        _report(config)
+        return
+    parts, folder = several.parts(config), Path(config.output)
+    for part in parts:
+        Study(part, show_progress=False)  # refuses what does not fit before the first of them begins
+    _write_page(several.page({part.output: _report(part) for part in parts}, folder), folder)
+    print(f"all datasets: {folder / 'report.html'}, {folder / 'report.md'}")
+
+
+def _report(config: ReportConfig) -> dict[str, Any]:
+    from eval import page, plot
     from eval.report import build
     from eval.show import show_report
-    from noise.storage import write_json, write_text
+    from noise.storage import write_json
 
-    built = build(config)
-    folder = Path(config.output)
+    built, folder = build(config), Path(config.output)
     write_json(folder / "report.json", built)
     plot.draw(built, folder / "report.png")
-    blocks = page.blocks(built)
-    write_text(folder / "report.md", render.markdown(blocks, "report.png"))
-    write_text(folder / "report.html", render.html(blocks, (folder / "report.png").read_bytes()))
+    _write_page(page.blocks(built, folder / "report.png"), folder)
     show_report(built, folder)
+    return built
+
+
+def _write_page(blocks: list[Any], folder: Path) -> None:
+    from eval import render
+    from noise.storage import write_text
+
+    write_text(folder / "report.md", render.markdown(blocks, folder))
+    write_text(folder / "report.html", render.html(blocks))
 
 
 def chain(config: ChainConfig) -> None:

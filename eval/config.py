@@ -93,10 +93,12 @@ class ReportConfig:
 
     output: str
     """Folder of report.html, report.md, report.json and report.png; finished pieces are kept in folders beside them."""
-    heldout: str
-    """Dataset of held-out rows at the students' block length: real text, and the noise that is to be turned back into it."""
     judge: str
     """Causal LM that scores the samples, a folder or hub id; not the teacher that made the noise."""
+    heldout: str = ""
+    """Dataset of held-out rows at the students' block length: real text, and the noise that is to be turned back into it."""
+    datasets: list[str] = field(default_factory=list)
+    """Several of them in place of heldout: a report of each, in a folder of its name, of the students that fit its rows, and a page of all."""
     systems: dict[str, System] = field(default_factory=dict)
     """Name in the report -> student and how it is traced."""
     students: str = ""
@@ -135,6 +137,8 @@ class ReportConfig:
     """auto: a GPU where there is one."""
 
     def __post_init__(self) -> None:
+        if bool(self.heldout) == bool(self.datasets):
+            raise ValueError(f"heldout is {self.heldout!r} and datasets {self.datasets}; give one held-out dataset, or several as datasets")
         if not self.systems and not self.students:
             raise ValueError("systems is empty and students too; name the systems, or a folder of students")
         for name in [self.baseline, self.control]:

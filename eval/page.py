@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from eval.render import Block, Bullets, Details, Heading, Note, Paragraph, Picture, Table, Verbatim
@@ -19,13 +20,13 @@ _REPETITION = (
 )
 
 
-def blocks(report: Report) -> list[Block]:
-    """The whole page."""
+def blocks(report: Report, picture: Path) -> list[Block]:
+    """The whole page. picture: the plot of the report."""
     parts: list[Block] = [
         Heading("Quality against function evaluations", 1),
-        Paragraph(_introduction(report)),
+        Paragraph(introduction(report)),
         *(Note(warning) for warning in report["warnings"]),
-        Picture("Perplexity and MAUVE at matched entropy, frontiers and reconstruction"),
+        Picture("Perplexity and MAUVE at matched entropy, frontiers and reconstruction", picture),
         Heading("Perplexity at the entropy of real text"),
         Table(["system", *columns(report)], [matched_row(report, name) for name in report["systems"]]),
         Paragraph(
@@ -72,7 +73,8 @@ def _row(report: Report, name: str, cell: Any) -> list[str]:
     return [name, *(cell(system["nfe"][head[4:]]) if head[4:] in system["nfe"] else "" for head in columns(report))]
 
 
-def _introduction(report: Report) -> str:
+def introduction(report: Report) -> str:
+    """How its figures were made, and what real text and the teacher's have."""
     settings, real, teacher = report["settings"], report["real"], report["teacher"]
     lines = [
         f"{settings['sequences']} sequences a figure, judged by `{settings['judge']}`, past whose context a window slides by half of it; "

@@ -1,4 +1,4 @@
-"""A page of plain blocks as Markdown, or as one HTML file that needs nothing beside it: style and picture are inside, and no link leaves it.
+"""A page of plain blocks as Markdown, or as one HTML file that needs nothing beside it: style and pictures are inside, and no link leaves it.
 
 In text, `...` is code. Verbatim is text of a model, shown as it is.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import html as escaping
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 class Verbatim(str):
@@ -40,6 +42,8 @@ class Bullets:
 class Picture:
     text: str
     """what is on it"""
+    file: Path
+    """a PNG"""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,12 @@ class Details:
 Block = Heading | Paragraph | Note | Bullets | Picture | Table | Details
 
 
-def markdown(blocks: list[Block], picture: str) -> str:
-    """`picture`: the file beside it. What is folded away in HTML is left out: it is in the JSON."""
-    return "\n\n".join(_markdown(block, picture) for block in blocks if not isinstance(block, Details)) + "\n"
+def markdown(blocks: list[Block], folder: Path) -> str:
+    """`folder`: where the page will lie. What is folded away in HTML is left out: it is in the JSON."""
+    return "\n\n".join(_markdown(block, folder) for block in blocks if not isinstance(block, Details)) + "\n"
 
 
-def _markdown(block: Block, picture: str) -> str:
+def _markdown(block: Block, folder: Path) -> str:
     match block:
         case Heading(text, level):
             return "#" * level + " " + text
@@ -72,8 +76,8 @@ def _markdown(block: Block, picture: str) -> str:
             return f"> **Note.** {text}"
         case Bullets(items):
             return "\n".join(f"- {item}" for item in items)
-        case Picture(text):
-            return f"![{text}]({picture})"
+        case Picture(text, file):
+            return f"![{text}]({os.path.relpath(file, folder)})"
         case Table(head, rows):
             lines = [head, ["---"] * len(head), *([_quoted(cell) if isinstance(cell, Verbatim) else cell for cell in row] for row in rows)]
             return "\n".join(("|---" * len(head) + "|") if line is lines[1] else "| " + " | ".join(line) + " |" for line in lines)
@@ -103,17 +107,17 @@ pre { background: #f5f5f5; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem 
 """
 
 
-def html(blocks: list[Block], png: bytes) -> str:
-    """One file; the picture is inside."""
+def html(blocks: list[Block]) -> str:
+    """One file; the pictures are inside."""
     title = next(block.text for block in blocks if isinstance(block, Heading))
-    body = "\n".join(_html(block, png) for block in blocks)
+    body = "\n".join(map(_html, blocks))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escaping.escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
-def _html(block: Block, png: bytes) -> str:
+def _html(block: Block) -> str:
     match block:
         case Heading(text, level):
             return f"<h{level}>{_inline(text)}</h{level}>"
@@ -121,8 +125,8 @@ def _html(block: Block, png: bytes) -> str:
             return f'<p class="note"><b>Note.</b> {_inline(text)}</p>'
         case Bullets(items):
             return "<ul>\n" + "\n".join(f"<li>{_inline(item)}</li>" for item in items) + "\n</ul>"
-        case Picture(text):
-            return f'<p><img alt="{escaping.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
+        case Picture(text, file):
+            return f'<p><img alt="{escaping.escape(text)}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"></p>'
         case Table(head, rows):
             lines = ["".join(f"<th>{_inline(cell)}</th>" for cell in head), *("".join(map(_cell, row)) for row in rows)]
             return '<div class="wide"><table>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"

@@ -72,6 +72,13 @@ def resolved(config: ReportConfig, shape: tuple[int, int]) -> tuple[ReportConfig
     return replace(config, systems=systems, students="", baseline=config.baseline or next(iter(plain), next(iter(systems)))), notes
 
 
+def fits(student: str, shape: tuple[int, int]) -> bool:
+    """Whether a folder holds a student of rows of this vocabulary and length."""
+    path = Path(student) / "student.json"
+    about = read_json(path) if path.exists() else {}
+    return (about.get("vocab_size"), about.get("block_length")) == shape
+
+
 def discover(folder: Path, nfe: list[int], shape: tuple[int, int]) -> tuple[dict[str, System], list[str]]:
     """(name -> system of each student of such rows, by name; what was left out, in words). Raises DatasetError for a folder that is not there."""
     if not folder.is_dir():

@@ -222,29 +222,30 @@ def test_settings_that_contradict_each_other_are_refused(world: Path, tmp_path: 
         ({"systems": {"plain": {"student": "x", "sampler": "adaptive"}}}, "adaptive needs a small causal LM"),
         ({"mauve": {"clusters": 1}}, "give 2 clusters or more"),
     ]:
-        assert _status(recipe(world, tmp_path / "out", **change)) != 0
+        assert status(recipe(world, tmp_path / "out", **change)) != 0
         assert message in capsys.readouterr().err
 
 
-def _status(path: Path) -> int:
+def status(path: Path) -> int:
     try:
         return run(path)
     except SystemExit as stop:
         return int(stop.code or 0)
 
 
-class _Page(HTMLParser):
+class Page(HTMLParser):
     """Checks that tags nest, and collects text and everything that is loaded or linked."""
 
     def __init__(self, page: str):
         super().__init__()
-        self.open, self.elsewhere, self.text = [], [], ""
+        self.open, self.elsewhere, self.text, self.pictures = [], [], "", 0
         self.feed(page)
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
+        self.pictures += tag == "img"
         self.elsewhere += [value for name, value in attrs if name in ("src", "href") and not value.startswith("data:image/png;base64,")]
 
     def handle_endtag(self, tag: str) -> None:
@@ -296,7 +297,7 @@ def test_all_students_of_a_folder_stand_beside_ar_with_mauve_and_wall_time(
                     assert point["forwards"] == {"mean": float(nfe), "least": int(nfe), "most": int(nfe)}, name
                 else:
                     assert 1 < point["forwards"]["least"] < point["forwards"]["mean"] < 7
-    page = _Page((tmp_path / "out" / "report.html").read_text())
+    page = Page((tmp_path / "out" / "report.html").read_text())
     assert not page.elsewhere and report["shown"][0]["systems"]["plain"] in page.text
     for said in ('"steps": 77', '"seed": "<99>"', "3 clusters", "30 samples against 30 rows", "scale 5", report["machine"]["name"]):
         assert said in page.text, said
@@ -357,7 +358,7 @@ def test_settings_of_a_system_reach_its_samples(world: Path, tmp_path: Path) -> 
 
 
 def test_an_unknown_key_ends_with_status_2(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _status(recipe(world, tmp_path / "out", temperatur=1.0)) == 2
+    assert status(recipe(world, tmp_path / "out", temperatur=1.0)) == 2
     assert "temperatur" in capsys.readouterr().err
 
 
