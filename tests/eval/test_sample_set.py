@@ -11,6 +11,7 @@ import pytest
 from eval import tables, writers
 from eval.__main__ import main, parse
 from eval.config import SampleConfig
+from eval.prompts import Prompts
 from eval.sample_set import SampleSet, sample_set
 from tests.eval.world import LENGTH, VOCAB, write_causal, write_student, write_world
 from trainer.config import NoiseConfig, StudentConfig
@@ -112,6 +113,8 @@ def test_an_mtp_student_makes_as_few_forwards_as_its_blanks_take(world: Path, tm
     for settings, forwards in [({}, 3), ({"length": 4}, 1), ({"length": 5}, 2), ({"prompts": str(world / "near.jsonl")}, 1)]:
         drawn = sample_set(config(world, tmp_path, student="mtp", **settings))
         assert (drawn.columns["nfe"] == forwards).all() and f"even-nfe{forwards}-" in drawn.path.name and drawn.asked == forwards
+    with pytest.raises(ValueError, match="give at least 3"):  # told the prompts, before any forward
+        writers.writer(config(world, tmp_path, student="mtp", nfe=2)).prepare(Prompts.bare(0, LENGTH))
 
 
 def test_a_causal_lm_continues_prefixes_and_counts_a_forward_a_token(world: Path, tmp_path: Path) -> None:

@@ -149,19 +149,25 @@ def test_the_text_is_what_the_teacher_writes_token_by_token_whoever_drafts(folde
         assert torch.equal(alone.head_BL[0], together.head_BL[row, : alone.head_BL.shape[1]])
 
 
-@pytest.mark.parametrize("name", ["mdlm", "mdlm in two forwards", "mdlm of short sight", "bd3lm", "bd3lm in two forwards", "mtp"])
-def test_a_drafter_that_reads_known_tokens_noise_is_told_that_of_written_ones(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with the noise of its own position, whatever the batch; a prompt's tokens, BOS and what is not written yet have none."""
-    teacher, decoding = CausalLM(str(folder / "teacher"), dtype="float64"), Decoding(1, temperature=0.8)
-    drafter: Any = make(folder, name, teacher, KNOWN)
+def told(student: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, Any]]:
+    """What a student is shown, and told of known tokens, in each of its forwards from now on."""
     calls: list[tuple[torch.Tensor, Any]] = []
-    real = drafter.student.logits
+    real = student.logits
 
     def heard(ids_AL: torch.Tensor, g_NV: torch.Tensor, *more: Any, known: Any) -> torch.Tensor:
         calls.append((ids_AL.clone(), known))
         return real(ids_AL, g_NV, *more, known=known)
 
-    monkeypatch.setattr(drafter.student, "logits", heard)
+    monkeypatch.setattr(student, "logits", heard)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["mdlm", "mdlm in two forwards", "mdlm of short sight", "bd3lm", "bd3lm in two forwards", "mtp"])
+def test_a_drafter_that_reads_known_tokens_noise_is_told_that_of_written_ones(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the noise of its own position, whatever the batch; a prompt's tokens, BOS and what is not written yet have none."""
+    teacher, decoding = CausalLM(str(folder / "teacher"), dtype="float64"), Decoding(1, temperature=0.8)
+    drafter: Any = make(folder, name, teacher, KNOWN)
+    calls = told(drafter.student, monkeypatch)
     for row, block in ((0, BLOCK), (1, BLOCK), (4, 1), (0, 1)):
         calls.clear()
         alone = drafted(teacher, drafter, decoding, rows=slice(row, row + 1), block=block)
@@ -171,8 +177,8 @@ def test_a_drafter_that_reads_known_tokens_noise_is_told_that_of_written_ones(fo
         for ids_1L, known in calls:
             assert torch.equal(known.g_KV, g_LV[known.where_K]) and bool((ids_1L[0, known.where_K] != drafter.student.mask_id).all())
             first_mask = int((ids_1L[0] == drafter.student.mask_id).int().argmax())
-            told = known.where_K.tolist()
-            assert all(place >= given for place in told) and told == list(range(told[0], first_mask)) if told else True
+            places = known.where_K.tolist()
+            assert all(place >= given for place in places) and places == list(range(places[0], first_mask)) if places else True
         assert any(len(known.where_K) for _, known in calls)
     drafter.student.input.known_scale.data.mul_(30)
     heard_of = drafted(teacher, drafter, decoding).stands_BL
@@ -189,14 +195,7 @@ def test_given_tokens_have_the_noise_that_the_caller_names_in_every_draft_and_ba
     wide = GIVEN_BP.shape[1]
     places = torch.tensor([row * wide + position for row in range(ROWS) for position in range(1, int(GIVEN_B[row]))])
     given = KnownNoise(places, 5 * torch.randn(len(places), V, generator=torch.Generator().manual_seed(3)))
-    calls: list[tuple[torch.Tensor, Any]] = []
-    real = drafter.student.logits
-
-    def heard(ids_AL: torch.Tensor, g_NV: torch.Tensor, *more: Any, known: Any) -> torch.Tensor:
-        calls.append((ids_AL.clone(), known))
-        return real(ids_AL, g_NV, *more, known=known)
-
-    monkeypatch.setattr(drafter.student, "logits", heard)
+    calls = told(drafter.student, monkeypatch)
     silent, together = drafted(teacher, drafter, decoding), drafted(teacher, drafter, decoding, given=given)
     assert torch.equal(together.ids_BL, sequential(teacher, decoding)) and torch.equal(together.ids_BL, silent.ids_BL)
     assert not torch.equal(together.stands_BL, silent.stands_BL) and torch.equal(together.calls_B[[0, 2, 5]], silent.calls_B[[0, 2, 5]])
