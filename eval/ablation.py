@@ -4,8 +4,7 @@
 
 Each group has a baseline; a student's figure is its perplexity over the baseline's of the same seed, both read at the entropy of real
 text, at each number of function evaluations (NFE). Students that draft for their teacher are compared by the tokens that a call of it
-writes (`measure: accept`), or read from their held-out figures (`heldout`). Every student, sample set and score is a file: interrupted
-at any moment, the same command continues.
+writes (`measure: accept`). Every student, sample set and score is a file: interrupted at any moment, the same command continues.
 """
 
 from __future__ import annotations
@@ -56,13 +55,10 @@ class Group:
     """The student that the others are compared with."""
     students: dict[str, Variant]
     """Name -> what it changes."""
-    measure: Literal["perplexity", "accept", "heldout"] = "perplexity"
-    """perplexity: of samples, at matched entropy. accept: tokens a call of the teacher, for which they draft samples from fresh noise. heldout: the
-    figures that the trainer printed last."""
+    measure: Literal["perplexity", "accept"] = "perplexity"
+    """perplexity: of samples, at matched entropy. accept: tokens a call of the teacher, for which they draft samples from fresh noise."""
     nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     """Function evaluations of a row."""
-    figures: list[str] = field(default_factory=list)
-    """heldout: which figures of metrics.jsonl."""
     teacher: str = ""
     """accept: the causal LM whose samples are drafted."""
     block: int = 4
@@ -71,21 +67,16 @@ class Group:
     def __post_init__(self) -> None:
         if self.baseline not in self.students:
             raise ValueError(f"baseline is {self.baseline!r}, which is not among the students: {', '.join(self.students)}")
-        if (self.measure == "heldout") != bool(self.figures):
-            raise ValueError(f"measure is {self.measure} and figures {self.figures}; heldout needs figures, the others read none")
-        read = {"perplexity": ["nfe"], "accept": ["block"], "heldout": []}[self.measure]
-        for name, default in (("nfe", [1, 2, 4, 8]), ("block", Group.block)):
-            if name not in read and getattr(self, name) != default:
-                raise ValueError(f"{name} is {getattr(self, name)}, but measure is {self.measure}, which does not read it; drop it")
+        for name, default, reads in (("nfe", [1, 2, 4, 8], "perplexity"), ("block", Group.block, "accept"), ("teacher", "", "accept")):
+            if self.measure != reads and getattr(self, name) != default:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but measure is {self.measure}, which does not read it; drop it")
+        if self.measure == "accept" and not self.teacher:
+            raise ValueError("measure is accept, but teacher is empty; name the causal LM that is drafted for")
         usual = Variant()
-        for student, variant in self.students.items() if self.measure != "perplexity" else ():
+        for student, variant in self.students.items() if self.measure == "accept" else ():
             for name in ("temperatures", "noise_temperatures", "output"):
                 if getattr(variant, name) != getattr(usual, name):
-                    raise ValueError(
-                        f"{name} of {student} is {getattr(variant, name)}, but measure is {self.measure}, which samples nothing; drop it"
-                    )
-        if (self.measure == "accept") != bool(self.teacher):
-            raise ValueError(f"measure is {self.measure} and teacher {self.teacher!r}; accept needs the teacher that is drafted for, the others none")
+                    raise ValueError(f"{name} of {student} is {getattr(variant, name)}, but measure is accept, which samples nothing; drop it")
 
 
 @dataclass
@@ -147,7 +138,7 @@ def build(config: AblationConfig) -> Report:
             CausalLM(of.teacher)
     jobs = {f"{group} {name}, seed {seed}": training(config, group, name, seed) for seed in config.seeds for group, name in places}
     make_all({name: partial(train, job) for name, job in jobs.items()}, config.workers, config.device)
-    measures = {"perplexity": _perplexities, "accept": _accepted, "heldout": _heldout}
+    measures = {"perplexity": _perplexities, "accept": _accepted}
     groups = {name: measures[of.measure](config, name) for name, of in config.groups.items()}
     found = {}
     for name, students in groups.items():
@@ -225,24 +216,6 @@ def _accept_configs(config: AblationConfig, group: str) -> list[AcceptConfig]:
     ]  # fmt: skip
 
 
-def _heldout(config: AblationConfig, group: str) -> dict[str, Any]:
-    """Student -> {about, columns: {figure: {values by seed, mean, low, high}}}, as the trainer measured it last."""
-    of = config.groups[group]
-    found = {}
-    for name, variant in of.students.items():
-        last = [_last(config.student(group, name, seed) / "metrics.jsonl") for seed in config.seeds]
-        columns = {figure: _spread([figures[f"heldout/{figure}"] for figures in last]) for figure in of.figures}
-        found[name] = {"about": variant.about or name, "columns": columns}
-    return found
-
-
-def _last(path: Path) -> dict[str, float]:
-    """The last held-out figures of a run."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    found: dict[str, float] = [line for line in lines if any(name.startswith("heldout/") for name in line)][-1]
-    return found
-
-
 def _spread(values: list[float]) -> dict[str, Any]:
     """Geometric mean over seeds, and the seeds' extremes."""
     mean = math.exp(fmean(map(math.log, values))) if min(values) > 0 else 0.0
@@ -270,11 +243,6 @@ def markdown(config: AblationConfig, built: Report) -> str:
 
 def _reading(config: AblationConfig, of: Group, group: Report) -> str:
     trained = f"{group['steps']:,} steps of {group['rows']} rows, {of.recipe}."
-    if of.measure == "heldout":
-        return (
-            "Held-out figures, with the posterior noise of the text where the student takes noise. That noise knows the text: they say how much a "
-            f"student reads of it, not how well it writes. {trained}"
-        )
     if of.measure == "accept":
         return (
             f"Tokens that a call of {of.teacher} writes where the student drafts at most {of.block} from fresh noise, {config.sequences} "
