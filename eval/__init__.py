@@ -21,7 +21,7 @@ The data flow of this room, one file each:
     reconstruct  posterior noise of held-out rows -> how much of the text comes back, and where
     exact        a teacher that is known exactly (markov, languages), its texts and noise datasets; taught: students of it, equal in all but noise
     chain        the same comparison where the truth is known: a Markov teacher (chain_figures and chain_page show it)
-    truth        small known languages beside the exact limit of factorised decoding (factorised; truth_figures, truth_page, truth_plot)
+    truth        small known languages beside the exact limit of factorised decoding (factorised, integrated; truth_figures, truth_page, truth_plot)
     systems      a folder of students -> how each is traced and draws its rows; timing: their wall time on this machine
     study        the pieces of a report: which there are, which are there already, and how each is made; cautions: what a reader must know
     ablation     students that differ in one thing, trained and compared over seeds

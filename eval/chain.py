@@ -35,6 +35,8 @@ class ChainConfig(TaughtConfig):
     """Trace every student's sampled output."""
     noise_temperatures: list[float] = field(default_factory=lambda: [1.0])
     """Trace the argmax of students with a readout."""
+    replicates: int = 1000
+    """Bootstrap replicates behind every interval."""
     seed: int = 1
     """Names texts, initial weights, order, masks and samples."""
 
@@ -42,6 +44,8 @@ class ChainConfig(TaughtConfig):
         super().__post_init__()
         if self.length < 2:
             raise ValueError(f"length is {self.length}; it must be at least 2")
+        if self.replicates < 20:
+            raise ValueError(f"replicates is {self.replicates}; it must be at least 20")
         if max(self.nfe) > self.length:
             raise ValueError(f"nfe is {self.nfe}; give numbers from 1 to length {self.length}, each once")
         for name in ("temperatures", "noise_temperatures"):

@@ -38,7 +38,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95% percentile interval over the replicates."""
+    """An estimate with its 95% interval."""
 
     value: float
     low: float
@@ -46,6 +46,7 @@ class Interval:
 
     @classmethod
     def of(cls, statistic_R: Array) -> Interval:
+        """Percentiles of the replicates."""
         low, high = np.quantile(statistic_R[1:], (0.025, 0.975)) if len(statistic_R) > 1 else (statistic_R[0], statistic_R[0])
         return cls(float(statistic_R[0]), float(low), float(high))
 
@@ -54,6 +55,13 @@ class Interval:
         """Estimate and 1.96 standard deviations of the replicates: for distances, which a finite sample overstates and its replicates more so."""
         half = 1.96 * float(statistic_R[1:].std())
         return cls(float(statistic_R[0]), float(statistic_R[0]) - half, float(statistic_R[0]) + half)
+
+    @classmethod
+    def of_mean(cls, value_S: Array) -> Interval:
+        """Mean of independent values and 1.96 standard errors on either side; of one value, that value."""
+        half = 1.96 * float(value_S.std(ddof=1)) / len(value_S) ** 0.5 if len(value_S) > 1 else 0.0
+        mean = float(value_S.mean())
+        return cls(mean, mean - half, mean + half)
 
 
 def bootstrap_weights(sequences: int, replicates: int, seed: int) -> Array:

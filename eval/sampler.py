@@ -112,8 +112,28 @@ def sample_counted(
     if auxiliary is not None:
         _adaptive(rows, auxiliary)
     else:
-        _scheduled(rows)
+        schedule = _Schedule(rows)
+        for step in schedule.steps:
+            schedule.take(step)
     return rows.ids_BL, rows.nfe_B
+
+
+@torch.inference_mode()
+def last_call(student: MaskedStudent, ids_BL: Tensor, sequence_id_B: Tensor, seed: int, decoding: Decoding) -> tuple[Tensor, Tensor]:
+    """What `sample` chooses its last tokens from: (tokens before its last call int64 [B, L], that call's logits [N, V] at masked ones, row-major).
+
+    Raises ValueError as `sample` does, and for a schedule whose last call is not the same one for all rows.
+    """
+    if decoding.sampler != "even":
+        raise ValueError(f"sampler is {decoding.sampler}, whose rows end at different calls; set sampler to even")
+    _check(student, ids_BL, decoding, None, None)
+    check_ahead(student, ids_BL == student.mask_id, None, decoding)
+    rows = _Rows(student, ids_BL, sequence_id_B, seed, decoding, None, None, None)
+    schedule = _Schedule(rows)
+    *earlier, last = schedule.steps
+    for step in earlier:
+        schedule.take(step)
+    return rows.ids_BL, rows.forward(last, schedule.group_SB[last] > 0)[1]
 
 
 def _check(student: MaskedStudent, ids_BL: Tensor, decoding: Decoding, g_MV: Tensor | None, auxiliary: Auxiliary | None) -> None:
@@ -214,20 +234,29 @@ class _Rows:
         return tempered(g_NV, self.student.noise.kind, self.decoding.noise_temperature)
 
 
-def _scheduled(rows: _Rows) -> None:
-    """Reveal as many positions as the schedule says, those that the order puts first."""
-    decoding, row_M = rows.decoding, rows.row_M
-    time_M = reveal_times(rows.seed, rows.sequence_id_M, rows.position_M)
-    uniform_M = stream_uniform(rows.stream(OUTPUT_DRAW, torch.arange(len(row_M), device=row_M.device)))
-    rank_M = fixed_rank(decoding.order, time_M, row_M)
-    known_SB = known_after(decoding, rows.unknown_B, time_M, row_M)
-    group_SB = known_SB.diff(dim=0, prepend=torch.zeros_like(known_SB[:1]))
-    for step in (group_SB > 0).any(1).nonzero()[:, 0].tolist():
-        at_N, logits_NV, _ = rows.forward(step, group_SB[step] > 0)
-        row_N = row_M[at_N]
+class _Schedule:
+    """Reveals in every call as many positions as the schedule says, those that the order puts first."""
+
+    def __init__(self, rows: _Rows):
+        self.rows, decoding, row_M = rows, rows.decoding, rows.row_M
+        time_M = reveal_times(rows.seed, rows.sequence_id_M, rows.position_M)
+        self.uniform_M = stream_uniform(rows.stream(OUTPUT_DRAW, torch.arange(len(row_M), device=row_M.device)))
+        self.rank_M = fixed_rank(decoding.order, time_M, row_M)
+        self.known_SB = known_after(decoding, rows.unknown_B, time_M, row_M)
+        self.group_SB = self.known_SB.diff(dim=0, prepend=torch.zeros_like(self.known_SB[:1]))
+        self.steps: list[int] = (self.group_SB > 0).any(1).nonzero()[:, 0].tolist()
+
+    def take(self, step: int) -> None:
+        """One call, and what it reveals."""
+        rows = self.rows
+        at_N, logits_NV, _ = rows.forward(step, self.group_SB[step] > 0)
+        row_N = rows.row_M[at_N]
         # a fixed rank counts from the row's start, the surest of the moment from what is known already
-        now_N = rank_M[at_N] < known_SB[step][row_N] if rank_M is not None else confidence_rank(logits_NV, row_N) < group_SB[step][row_N]
-        rows.reveal(at_N[now_N], choose(logits_NV[now_N], uniform_M[at_N[now_N]], decoding))
+        if self.rank_M is not None:
+            now_N = self.rank_M[at_N] < self.known_SB[step][row_N]
+        else:
+            now_N = confidence_rank(logits_NV, row_N) < self.group_SB[step][row_N]
+        rows.reveal(at_N[now_N], choose(logits_NV[now_N], self.uniform_M[at_N[now_N]], rows.decoding))
 
 
 def _adaptive(rows: _Rows, auxiliary: Auxiliary) -> None:

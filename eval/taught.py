@@ -59,8 +59,6 @@ class TaughtConfig:
     """Numbers of function evaluations."""
     sequences: int = 1024
     """Sequences of every figure."""
-    replicates: int = 1000
-    """Bootstrap replicates behind every interval."""
     workers: int = 0
     """Students trained at a time, each with one thread; 0: one a CPU core (one where there is a GPU)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -74,7 +72,7 @@ class TaughtConfig:
             raise ValueError("model must be of kind mdlm and without noise; each of the systems has its own noise")
         if not self.nfe or min(self.nfe) < 1 or len(set(self.nfe)) < len(self.nfe):
             raise ValueError(f"nfe is {self.nfe}; give numbers from 1 up, each once")
-        for name, least in (("sequences", 2), ("replicates", 20), ("rows", 1), ("heldout_rows", 1), ("workers", 0)):
+        for name, least in (("sequences", 2), ("rows", 1), ("heldout_rows", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 

@@ -1,20 +1,21 @@
 """Where factorised decoding fails, and how much of it noise repairs: students of languages of which everything is known.
 
 Each language (see languages) has an exact teacher that writes a noise dataset. Students that differ in `noise` alone are
-trained on it (see taught), for every language and every seed, and sampled at several numbers of function evaluations (NFE).
-Whether a sample is a sentence and how the joint should look is known; so is what a student without noise could reach at best
-(see factorised).
+trained on it (see taught), for every language and every seed. What each writes in several numbers of function evaluations (NFE)
+is computed, not judged: summed where it reads no noise (factorised), integrated over noise where it does (integrated). So is what
+a student without noise could reach at best.
 
     python -m eval truth --config recipes/demo_truth.yaml
 
-Beside the samples of every NFE two more measures of one call are taken: how much of a held-out row comes back from its
-noise, and how many tokens of a draft the teacher accepts.
+Two more measures of one call are taken: how much of a held-out row comes back from its noise, and how many tokens of a draft
+the teacher accepts.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,18 @@ from eval import tables
 from eval.causal import folder_identity
 from eval.decoding import Decoding
 from eval.exact import BOS
-from eval.factorised import Places, accepted, factorised, valid_and_distance
+from eval.factorised import Places, accepted, factorised
+from eval.integrated import GROUPS, integrated
 from eval.languages import LANGUAGES, Language, language
 from eval.metrics import Array
 from eval.reconstruct import reconstruct
-from eval.sampler import blank_rows, sampling_noise
-from eval.study import device_of, load_masked
+from eval.sampler import blank_rows, last_call
+from eval.study import device_of, draw_rows, load_masked
 from eval.taught import KNOWS_NOTHING, Taught, TaughtConfig, make_all
 from eval.truth_figures import Measured, Report, report
 from trainer.data import NoiseDataset
 
-_CONTROL_ROWS = 256  # draws of noise behind the accepted tokens of a student whose noise knows nothing
+_DRAWS_AT_ONCE = 512
 
 
 @dataclass(kw_only=True)
@@ -48,6 +50,10 @@ class TruthConfig(TaughtConfig):
     """Numbers of function evaluations."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Each names texts, initial weights, order, masks and samples of one run of everything."""
+    sequences: int = 4096
+    """Samples behind the pictures that show what a student writes."""
+    integration: int = 65536
+    """Draws of noise, order and all calls but the last behind the figures of a student that reads noise."""
     pictures: str = ""
     """Folder of the pictures; empty: output."""
 
@@ -56,6 +62,8 @@ class TruthConfig(TaughtConfig):
         for name in ("languages", "seeds"):
             if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least one, each once")
+        if self.integration < GROUPS:
+            raise ValueError(f"integration is {self.integration}; it must be at least {GROUPS}")
         for name in self.languages:
             if max(self.nfe) > language(name).length:
                 raise ValueError(f"nfe is {self.nfe}, but a sentence of {name} has {language(name).length} tokens; lower nfe or leave {name} out")
@@ -70,7 +78,7 @@ class TruthConfig(TaughtConfig):
 
 
 def build(config: TruthConfig) -> Report:
-    """Make the datasets, the students and the samples that are missing, and compute every figure."""
+    """Make the datasets and the students that are missing, and compute every figure."""
     for name in config.languages:
         for seed in config.seeds:
             config.taught(name, seed).write_datasets()
@@ -86,41 +94,42 @@ def _make(config: TruthConfig, name: str, seed: int, system: str) -> None:
 
 
 def measured(config: TruthConfig, name: str, seed: int, system: str) -> Measured:
-    """What one trained student did; drawn once."""
+    """What one trained student does; computed once."""
     taught = config.taught(name, seed)
-    samples = {nfe: taught.sampled(system, config.decoding(system, nfe)) for nfe in config.nfe}
     about = {"student": folder_identity(taught.student(system)), "seed": str(seed)}
+    drawn = about if config.systems[system].kind == "none" else {**about, "draws": config.integration}
     heldout = {**about, "rows": config.heldout_rows}
-    returned_S = _kept(taught.folder / "reconstruction", system, heldout, lambda: _reconstructed(taught, system))
-    drafts = {**about, "sequences": config.sequences}
-    accepted_S = _kept(taught.folder / "acceptance", system, drafts, lambda: _accepted(taught, system))
-    if config.systems[system].kind != "none":
-        return Measured(samples, returned_S, accepted_S)
-    asked = {**about, "nfe": config.nfe}
-    computed_F2 = _kept(taught.folder / "computed", system, asked, lambda: _computed(taught, system, config.nfe))
-    return Measured(samples, returned_S, accepted_S, dict(zip(config.nfe, computed_F2.tolist(), strict=True)))
+    student = functools.cache(lambda: load_masked(str(taught.student(system)), device_of(config.device)))
+    returned_S = _kept(taught.folder / "reconstruction", system, heldout, lambda: _reconstructed(taught, student()))
+    accepted_S = _kept(taught.folder / "acceptance", system, drawn, lambda: _accepted(config, language(name), student(), seed))
+    written = {}
+    for nfe in config.nfe:
+        decoding = config.decoding(system, nfe)
+        asked = {**drawn, "decoding": asdict(decoding)}
+        make = functools.partial(_written, config, language(name), student, decoding, seed)
+        written[nfe] = _kept(taught.folder / "written", f"{system}-nfe{nfe}", asked, make)
+    return Measured(written, returned_S, accepted_S)
 
 
-def _kept(folder: Path, name: str, request: dict[str, Any], make: Any) -> Array:
+def _kept(folder: Path, name: str, request: dict[str, Any], make: Callable[[], Array]) -> Array:
     path = tables.piece(folder, name, request)
     if not path.exists():
         tables.write(path, {"value": make()}, request)
     return tables.read(path)[0]["value"]
 
 
-def _reconstructed(taught: Taught, system: str) -> Array:
+def _reconstructed(taught: Taught, student: Any) -> Array:
     """Share of each held-out row's tokens that one call gives back, float64 [S]."""
-    device = device_of(taught.config.device)
     heldout = NoiseDataset(taught.folder / "heldout")
-    return reconstruct(load_masked(str(taught.student(system)), device), heldout, taught.config.heldout_rows, 1, "random", taught.seed, device)
+    return reconstruct(student, heldout, taught.config.heldout_rows, 1, "random", taught.seed, device_of(taught.config.device))
 
 
-def _computed(taught: Taught, system: str, nfe: list[int]) -> Array:
-    """Share of sentences and total variation of what a student without noise writes in so many calls, summed over all ways to write each: [F, 2]."""
-    known, device = taught.teacher, device_of(taught.config.device)
-    assert isinstance(known, Language)
-    given = functools.cache(functools.partial(chances, load_masked(str(taught.student(system)), device), known, device))
-    return np.array([valid_and_distance(known, factorised(known, calls, given)) for calls in nfe])
+def _written(config: TruthConfig, known: Language, load: Callable[[], Any], decoding: Decoding, seed: int) -> Array:
+    """Probability of every sentence, float64 [G, M]: one group, exact, of a student without noise, or the groups of the integral over noise."""
+    student, device = load(), device_of(config.device)
+    if student.noise.kind == "none":
+        return factorised(known, decoding.nfe, functools.cache(functools.partial(chances, student, known, device)))[None]
+    return integrated(student, known, decoding, config.integration, seed, device)
 
 
 @torch.inference_mode()
@@ -138,25 +147,21 @@ def chances(student: Any, known: Language, device: str, places: Places) -> Array
     return found
 
 
-def _accepted(taught: Taught, system: str) -> Array:
-    """Tokens of one call's draft that the teacher accepts, float64.
+@torch.inference_mode()
+def _accepted(config: TruthConfig, known: Language, student: Any, seed: int) -> Array:
+    """Tokens of one call's draft that the teacher accepts, float64 by draw of noise; one exact value without noise.
 
-    With the teacher's noise, [S]: how many of the draft's most likely tokens are those that the teacher writes from the same noise.
-    Without, the expected number under the rule of speculative sampling: one exact value, or one for each draw of the control's noise.
+    With the teacher's noise: how many of the draft's most likely tokens are those that the teacher writes from the same noise.
+    With noise that says nothing, or none: the expected number under the rule of speculative sampling.
     """
-    teacher = taught.teacher
-    assert isinstance(teacher, Language)
-    if taught.config.systems[system].kind not in KNOWS_NOTHING:
-        draft_SL = torch.from_numpy(taught.sampled(system, Decoding(1, output="argmax")))
-        own_SL = teacher.rollout(torch.arange(taught.config.sequences), taught.length + 1, taught.seed)
-        prefix_S: Array = (draft_SL == own_SL)[:, 1:].int().cumprod(1).sum(1).double().numpy()
-        return prefix_S
-    device = device_of(taught.config.device)
-    student = load_masked(str(taught.student(system)), device)
-    rows = 1 if student.noise.kind == "none" else min(_CONTROL_ROWS, taught.config.sequences)
-    ids_BL = blank_rows(student, rows, taught.length + 1, BOS).to(device)
-    sequence_id_B = torch.arange(rows, device=device)
-    g_NV = None if student.noise.kind == "none" else sampling_noise(taught.seed, sequence_id_B, ids_BL == student.mask_id, student.vocab_size)
-    with torch.inference_mode():
-        q_NV = student.logits(ids_BL, g_NV).double().softmax(1)
-    return accepted(teacher, q_NV.view(rows, taught.length, -1).cpu().numpy())
+    device, found = device_of(config.device), []
+    for sequence_id_B in torch.arange(1 if student.noise.kind == "none" else config.integration).split(_DRAWS_AT_ONCE):
+        if student.noise.kind in KNOWS_NOTHING:
+            ids_BL = blank_rows(student, len(sequence_id_B), known.length + 1, BOS).to(device)
+            q_NV = last_call(student, ids_BL, sequence_id_B.to(device), seed, Decoding(1))[1].double().softmax(1)
+            found.append(accepted(known, q_NV.view(len(sequence_id_B), known.length, -1).cpu().numpy()))
+        else:
+            draft_BL = draw_rows(student, Decoding(1, output="argmax"), seed, BOS, device, sequence_id_B).cpu()
+            own_BL = known.rollout(sequence_id_B, known.length + 1, seed)
+            found.append((draft_BL == own_BL)[:, 1:].int().cumprod(1).sum(1).double().numpy())
+    return np.concatenate(found)

@@ -1,62 +1,58 @@
-"""Samples of students of known languages -> every figure of truth.json.
+"""What students of known languages do -> every figure of truth.json.
 
     settings      what was asked for
     languages     name -> {about, sentences, tokens, vocab_size, entropy, limit, limit_accepted, seeds, summary}
       limit       nfe -> {valid, distance} of the best student without noise; exact numbers
-      seeds       seed -> {teacher: {valid, distance}, systems: name -> {nfe: nfe -> {valid, distance}, reconstruction, accepted}, comparisons}
-                  comparisons: [{nfe, system, against, valid, distance}], system minus against, paired; the limit is a constant
-      summary     {floor, systems: name -> {nfe: nfe -> {valid, distance}, reconstruction, accepted}}: mean, lowest and highest of the seeds;
+      seeds       seed -> {systems: name -> {nfe: nfe -> {valid, distance}, reconstruction, accepted}, comparisons}
+                  comparisons: [{nfe, system, against, valid, distance}], system minus against
+      summary     {systems: name -> {nfe: nfe -> {valid, distance}, reconstruction, accepted}}: mean, lowest and highest of the seeds;
                   with every nfe {beats}: what the system is better than in every seed, with the whole interval, by figure
 
-Figures of one seed are {value, low, high}: 95%, bootstrap over samples. valid: share of samples that are sentences. distance: total
-variation between the joint of the samples and the truth; a finite sample overstates it, so the teacher's own samples (rollouts
-from the same noise, as many) stand beside it as its floor, and its interval is the estimate and 1.96 standard deviations.
-Of a student without noise both are computed, over all ways to write each sentence: value, low and high are equal.
-reconstruction: share of held-out tokens that one call gives back from their noise. accepted: tokens of one call's draft that the
-teacher accepts. Shapes: S samples, L positions, M sentences, R replicates + 1.
+Figures of one seed are {value, low, high}. valid: share of sentences among all that the student writes. distance: total
+variation between the joint of what it writes and the truth. Of a student without noise both are exact, and the three are
+equal; of one that reads noise they are integrated over it, low and high the bounds of that integral's error (95%, see
+integrated). A difference of two goes from the least to the most that their bounds allow.
+reconstruction: share of held-out tokens that one call gives back from their noise, 95% over rows. accepted: tokens of one call's
+draft that the teacher accepts. Shapes: S values, M sentences, G groups of draws.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from eval.factorised import accepted, factorised, valid_and_distance
+from eval.integrated import distance, share_of_sentences
 from eval.languages import LANGUAGES, Language, language
-from eval.metrics import Array, Interval, bootstrap_weights
+from eval.metrics import Array, Interval
 from eval.taught import LIMIT
 
 if TYPE_CHECKING:
     from eval.truth import TruthConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FIGURES = ("valid", "distance")
 
 Report = dict[str, Any]
-Replicates = dict[str, Array]
-"""figure -> float64 [R], the estimate first"""
+Figures = dict[str, Interval]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one student did."""
+    """What one student does."""
 
-    samples: dict[int, Array]
-    """NFE -> tokens int32 [S, L], BOS first."""
+    written: dict[int, Array]
+    """NFE -> probability of every sentence, float64 [G, M]; one group where it is exact."""
     returned_S: Array
     """Share of each held-out row that one call gives back."""
     accepted_S: Array
-    """Tokens of one call's draft that the teacher accepts."""
-    computed: dict[int, list[float]] | None = None
-    """NFE -> (valid, distance), exact, of a student without noise: its samples are not asked."""
+    """Tokens of one call's draft that the teacher accepts, by draw of noise; one value where it is exact."""
 
 
 Cells = dict[tuple[str, int, str], Measured]
-"""(language, seed, system) -> what that student did"""
+"""(language, seed, system) -> what that student does"""
 
 
 def report(config: TruthConfig, cells: Cells) -> Report:
@@ -71,9 +67,7 @@ def report(config: TruthConfig, cells: Cells) -> Report:
 def _of_language(config: TruthConfig, name: str, cells: Cells) -> dict[str, Any]:
     known = language(name)
     limit = {nfe: dict(zip(FIGURES, valid_and_distance(known, factorised(known, nfe)), strict=True)) for nfe in config.nfe}
-    seeds = {
-        str(seed): _of_seed(config, known, seed, {system: cells[name, seed, system] for system in config.systems}, limit) for seed in config.seeds
-    }
+    seeds = {str(seed): _of_seed(config, known, {system: cells[name, seed, system] for system in config.systems}, limit) for seed in config.seeds}
     return {
         "about": (LANGUAGES[name].__doc__ or "").strip(),
         "sentences": len(known.p_M),
@@ -87,27 +81,20 @@ def _of_language(config: TruthConfig, name: str, cells: Cells) -> dict[str, Any]
     }
 
 
-def _of_seed(config: TruthConfig, known: Language, seed: int, students: dict[str, Measured], limit: dict[int, dict[str, float]]) -> dict[str, Any]:
-    weights_RS = bootstrap_weights(config.sequences, config.replicates, seed)
-    teacher = replicates(known, known.rollout(torch.arange(config.sequences), known.length + 1, seed).numpy(), weights_RS)
-    found = {(system, nfe): replicates(known, ids_SL, weights_RS) for system, student in students.items() for nfe, ids_SL in student.samples.items()}
-    for system, student in students.items():
-        for nfe, figures in (student.computed or {}).items():
-            found[system, nfe] = {figure: np.full(len(weights_RS), value) for figure, value in zip(FIGURES, figures, strict=True)}
-    constant = {(LIMIT, nfe): {figure: np.full(len(weights_RS), value) for figure, value in figures.items()} for nfe, figures in limit.items()}
-    mean = functools.partial(_mean, config.replicates, seed)
+def _of_seed(config: TruthConfig, known: Language, students: dict[str, Measured], limit: dict[int, dict[str, float]]) -> dict[str, Any]:
+    found = {(system, nfe): figures(known, q_GM) for system, student in students.items() for nfe, q_GM in student.written.items()}
+    exact = {(LIMIT, nfe): {figure: Interval(value, value, value) for figure, value in at.items()} for nfe, at in limit.items()}
     return {
-        "teacher": _intervals(teacher),
         "systems": {
             system: {
-                "nfe": {str(nfe): _intervals(found[system, nfe]) for nfe in config.nfe},
-                "reconstruction": mean(student.returned_S),
-                "accepted": mean(student.accepted_S),
+                "nfe": {str(nfe): _plain(found[system, nfe]) for nfe in config.nfe},
+                "reconstruction": asdict(Interval.of_mean(student.returned_S)),
+                "accepted": asdict(Interval.of_mean(student.accepted_S)),
             }
             for system, student in students.items()
         },
         "comparisons": [
-            {"nfe": nfe, "system": system, "against": other, **_intervals(_difference(found[system, nfe], (found | constant)[other, nfe]))}
+            {"nfe": nfe, "system": system, "against": other, **_plain(_difference(found[system, nfe], (found | exact)[other, nfe]))}
             for system in students
             for other in config.compared_with(system)
             for nfe in config.nfe
@@ -115,24 +102,20 @@ def _of_seed(config: TruthConfig, known: Language, seed: int, students: dict[str
     }
 
 
-def replicates(known: Language, ids_SL: Array, weights_RS: Array) -> Replicates:
-    """Share of sentences among the samples, and total variation between their joint and the truth."""
-    found_S = known.find(ids_SL[:, 1:])
-    counts_RM = np.stack([np.bincount(found_S + 1, weights=weight_S, minlength=len(known.p_M) + 1)[1:] for weight_S in weights_RS])
-    share_RM = counts_RM / len(ids_SL)
-    return {"valid": share_RM.sum(1), "distance": np.maximum(known.p_M - share_RM, 0).sum(1)}
+def figures(known: Language, q_GM: Array) -> Figures:
+    """Share of sentences, and total variation between what is written and the truth."""
+    return {"valid": share_of_sentences(q_GM), "distance": distance(known.p_M, q_GM)}
 
 
-def _difference(ours: Replicates, theirs: Replicates) -> Replicates:
-    return {figure: ours[figure] - theirs[figure] for figure in FIGURES}
+def _difference(ours: Figures, theirs: Figures) -> Figures:
+    """Whatever the two errors have to do with each other."""
+    return {
+        figure: Interval(at.value - theirs[figure].value, at.low - theirs[figure].high, at.high - theirs[figure].low) for figure, at in ours.items()
+    }
 
 
-def _intervals(statistics: Replicates) -> dict[str, Any]:
-    return {"valid": asdict(Interval.of(statistics["valid"])), "distance": asdict(Interval.normal(statistics["distance"]))}
-
-
-def _mean(count: int, seed: int, value_S: Array) -> dict[str, float]:
-    return asdict(Interval.of(bootstrap_weights(len(value_S), count, seed).astype(np.float64) @ value_S / len(value_S)))
+def _plain(found: Figures) -> dict[str, Any]:
+    return {figure: asdict(at) for figure, at in found.items()}
 
 
 def _summary(config: TruthConfig, seeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,7 +132,7 @@ def _summary(config: TruthConfig, seeds: list[dict[str, Any]]) -> dict[str, Any]
         }
         for system in config.systems
     }
-    return {"floor": _spread([seed["teacher"]["distance"]["value"] for seed in seeds]), "systems": systems}
+    return {"systems": systems}
 
 
 def _spread(values: list[float]) -> dict[str, float]:

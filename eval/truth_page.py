@@ -10,8 +10,8 @@ from eval.taught import LIMIT
 Report = dict[str, Any]
 
 TITLES = {
-    "valid": "Samples that are sentences, higher is better",
-    "distance": "Total variation between the joint of the samples and the truth, lower is better",
+    "valid": "Share of what is written that is a sentence, higher is better",
+    "distance": "Total variation between the joint of what is written and the truth, lower is better",
 }
 LIMIT_LABEL = "no noise, exact limit"
 
@@ -24,8 +24,6 @@ def figure_table(truth: Report, figure: str) -> Table:
         rows.append([name, LIMIT_LABEL, *(f"{known[LIMIT][at][figure]:.3f}" for at in nfe)])
         for system, found in known["summary"]["systems"].items():
             rows.append([name, system, *(spread(found["nfe"][at][figure]) + _star(truth, system, found["nfe"][at], figure) for at in nfe)])
-        if figure == "distance":
-            rows.append([name, "teacher's own samples", *[spread(known["summary"]["floor"])] * len(nfe)])
     return ["language", "system", *(f"NFE {at}" for at in nfe)], rows
 
 
@@ -62,20 +60,23 @@ def markdown(truth: Report, picture: str) -> str:
             for name, known in truth["languages"].items()
         ),
         f"All students: {settings['rows']:,} rows of {settings['draws']} draws of noise, {optim['steps']:,} steps of {optim['global_batch']}, "
-        f"{model['layers']} layers of {model['hidden']}; they differ in noise alone. {settings['sequences']:,} samples a figure; mean of seeds "
+        f"{model['layers']} layers of {model['hidden']}; they differ in noise alone. What is written without noise is summed exactly, with noise "
+        f"integrated over {settings['integration']:,} draws (distances within {_error(truth, 'distance'):.3f}, shares within "
+        f"{_error(truth, 'valid'):.3f}, 95%); mean of seeds "
         f"{', '.join(map(str, settings['seeds']))} (lowest to highest). * better than everything it is compared with, the limit included, in every "
-        "seed, with the whole 95% bootstrap interval.",
+        "seed, beyond the errors of all integrals.",
         f"![Sentences against calls]({picture})",
         f"## {TITLES['valid']}",
         markdown_table(*figure_table(truth, "valid")),
         "The limit is exact: what a student without noise tends to, however large and long trained.",
         f"## {TITLES['distance']}",
         markdown_table(*figure_table(truth, "distance")),
-        "A finite sample is never at 0: the teacher's own samples, as many and from the same noise, show the floor.",
+        "Nothing is sampled to be counted: the teacher's own joint is at 0.",
         "## One call",
         markdown_table(*one_call_table(truth)),
         "With the teacher's noise, a token of a draft is accepted where the teacher writes the same from that noise, up to the first difference. "
-        "Without, by the rule of speculative sampling; that expectation is exact for the limit and for a student without noise.",
+        "Without, by the rule of speculative sampling; that expectation is exact for the limit and for a student without noise. Held-out tokens: "
+        f"of {settings['heldout_rows']:,} rows.",
         "## Differences",
         markdown_table(*comparison_table(truth)),
     ]
@@ -97,6 +98,12 @@ def show(truth: Report) -> None:
         for row, following in zip(rows, [*rows[1:], [""]], strict=True):
             table.add_row(*row, end_section=row[0] != following[0])
         console.print(table)
+
+
+def _error(truth: Report, figure: str) -> float:
+    """The widest half of an integral's interval."""
+    systems = [found for known in truth["languages"].values() for seed in known["seeds"].values() for found in seed["systems"].values()]
+    return max((at[figure]["high"] - at[figure]["low"]) / 2 for found in systems for at in found["nfe"].values())
 
 
 def spread(value: dict[str, float], digits: int = 3) -> str:
