@@ -42,10 +42,10 @@ class TextStudent:
         model = getattr(self._writer, "lm", None)
         if not isinstance(model, CausalLM):
             student = self._writer.student
-            if student.ahead:
+            if student.ahead and student.config.context == "row":
                 raise DatasetError(
-                    f"{config.student} holds a student of kind mtp, whose likelihood is not computed; give one of kind mdlm, bd3lm or ar, "
-                    "or a causal LM"
+                    f"{config.student} has learnt the last {student.ahead} tokens of whole rows alone (student.context: row), so it says nothing of "
+                    "other continuations; train one with context drawn"
                 )
             return MaskedLikelihood(student, draws, config.seed, noise_temperature), student.noise.kind != "none"
         if noise_temperature != 1:

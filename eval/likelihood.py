@@ -4,6 +4,7 @@
     bd3lm           exact: the sum over blocks of log p(block | the blocks before), each the mean over all orders in which its positions can be
                     revealed, one at a time (`over_orders`). A block of B positions has 2^B - 1 masks; where `draws` are fewer, a bound as below in
                     each block, and the blocks' bounds add up
+    mtp             exact: the continuation in calls of the next n tokens, as many as the student predicts, of which each is chosen alone
     mdlm            -log p(x | c) <= NELBO = E over n ~ U{1..M}, S of n positions [ M/n  sum over i in S of -log p(x_i | c, x outside S) ]
 
 M positions continue the context c, which is never masked. This NELBO is the continuous-time one of MDLM (E over t of 1/t sum over
@@ -14,9 +15,9 @@ NELBO, from which few draws may stray to either side. Continuations differ in le
 A student with noise is given PRIOR noise, new in every draw and independent of the text: posterior noise knows the answer. Its
 likelihood is p(x|c) = E over g of p(x|c,g), and by Jensen -log p(x|c) <= E over g of NELBO(g): so the MEAN of the draws' bounds has a
 bound as its expectation, whatever the number of draws, and is what is returned. log of the mean of exp(-NELBO(g)) would be tighter, but exp
-of an estimate is biased upwards (E exp(-estimate) >= exp(-NELBO)), so that is no bound unless each term is exact: over all orders, where
-sum over blocks b of log mean over draws of p(x_b | x before b, g_b) is returned (a block's distribution depends on its own g_b alone, so the
-expectation factorises; in expectation a bound, exact as draws grow).
+of an estimate is biased upwards (E exp(-estimate) >= exp(-NELBO)), so that is no bound unless each term is exact: over all orders and for
+mtp, where sum over blocks (calls) b of log mean over draws of p(x_b | x before b, g_b) is returned (a block's distribution depends on its own
+g_b alone, so the expectation factorises; in expectation a bound, exact as draws grow).
 The consequence: a student pays for every bit of trust in its noise, since noise that knows nothing misleads it. So the figure understates what it
 writes (its argmax given its noise), and ranks students with noise below their twins without; compare like with like. Known tokens carry none,
 also for a student that reads it there (noise.known): theirs would be the teacher's, which is not at hand.
@@ -68,9 +69,10 @@ class CausalLikelihood:
 
 
 class MaskedLikelihood:
-    """log p under an mdlm or bd3lm student: exact over all orders where `draws` are enough for a block's masks, else an unbiased estimate of a bound.
+    """log p under an mdlm, bd3lm or mtp student: exact for mtp, and over all orders where `draws` are enough for a block's masks, else an unbiased
+    estimate of a bound.
 
-    Greedy decoding is meant with one forward a block (the whole continuation for mdlm), under the first draw's noise.
+    Greedy decoding is meant with one forward a block (the whole continuation for mdlm, the next n tokens for mtp), under the first draw's noise.
     """
 
     def __init__(self, student: Any, draws: int, seed: int, noise_temperature: float = 1.0):
@@ -86,38 +88,43 @@ class MaskedLikelihood:
         self._block = getattr(student, "block_size", None) or student.block_length
         self._in_blocks, self._noisy = hasattr(student, "block_size"), noisy
         self._all_orders = self._in_blocks and 2**self._block - 1 <= draws
-        self.exact = self._all_orders and not noisy
+        summed = self._all_orders or bool(student.ahead)
+        self.exact = summed and not noisy
         count = 1 if self.exact else draws
         self._seeds = [step_seed(seed, draw) for draw in range(count)]
         self.about = "exact" if self.exact else f"a lower bound, estimated from {count} draw{'s' * (count > 1)} of " + (
-            "prior noise" if self._all_orders else "masks" + (" and prior noise" if noisy else "")
+            "prior noise" if summed else "masks" + (" and prior noise" if noisy else "")
         )  # fmt: skip
 
     @torch.inference_mode()
     def __call__(self, ids: list[int], given: int) -> Scored:
         """Of ids[given:] after ids[:given], given >= 1; all within the student's block length."""
         block_M, draws = self._blocks(given, len(ids)), len(self._seeds)
-        if self._all_orders:
-            masked_SM = every_mask(block_M)
+        if self._all_orders or self._student.ahead:
+            masked_SM = every_mask(block_M) if self._all_orders else block_M == torch.arange(int(block_M[-1]) + 1)[:, None]
             count = len(masked_SM)
-            nll_RM, best_M = self.losses(ids, given, masked_SM.repeat(draws, 1), torch.arange(draws).repeat_interleave(count))
-            log_p = (torch.logsumexp(over_orders(nll_RM.view(draws, count, -1), block_M), 0) - math.log(draws)).sum()
+            nll_RM, best_RM = self.losses(ids, given, masked_SM.repeat(draws, 1), torch.arange(draws).repeat_interleave(count))
+            best_M = best_RM[0] if self._all_orders else best_RM[block_M, torch.arange(len(block_M))]
+            nll_KSM = nll_RM.view(draws, count, -1)
+            log_p_KC = over_orders(nll_KSM, block_M) if self._all_orders else -nll_KSM.sum(2)
+            log_p = (torch.logsumexp(log_p_KC, 0) - math.log(draws)).sum()
         else:  # one more row, all masked, says what greedy decoding does
             masked_KM, weight_KM = masks(self._seeds, sequence_id(ids[:given]), given, block_M)
             rows_KM, rows_K = F.pad(masked_KM, (0, 0, 1, 0), value=True), F.pad(torch.arange(draws), (1, 0))
-            nll_KM, best_M = self.losses(ids, given, rows_KM, rows_K)
+            nll_KM, best_RM = self.losses(ids, given, rows_KM, rows_K)
+            best_M = best_RM[0]
             log_p = -(weight_KM * nll_KM[1:]).sum(1).mean()
         return float(log_p), bool((best_M == torch.tensor(ids[given:])).all())
 
     def losses(self, ids: list[int], given: int, masked_RM: Tensor, draw_R: Tensor) -> tuple[Tensor, Tensor]:
-        """(-log p of each masked token, float64 [R, M], 0 where it is not masked; the first row's most likely tokens, int64 [M], -1 where not).
+        """(-log p of each masked token, float64 [R, M], 0 where it is not masked; the most likely token there, int64 [R, M], -1 where not).
 
         Row r sees the noise of draw draw_R[r], int64 [R].
         """
         device, name = self._student.model.embed_tokens.weight.device, sequence_id(ids[:given])
         clean_L = torch.tensor(ids, device=device)
         rows = max(1, _ELEMENTS_AT_ONCE // (masked_RM.shape[1] * self._student.vocab_size))
-        nll_RM, best_M = torch.zeros(masked_RM.shape, dtype=torch.float64), torch.full((masked_RM.shape[1],), -1)
+        nll_RM, best_RM = torch.zeros(masked_RM.shape, dtype=torch.float64), torch.full(masked_RM.shape, -1)
         for start in range(0, len(masked_RM), rows):
             masked_BM = masked_RM[start : start + rows]
             hidden_BL = F.pad(masked_BM, (given, 0)).to(device)
@@ -127,13 +134,14 @@ class MaskedLikelihood:
             g_NV = self._noise(draw_R.to(device)[start + row_N], position_N, name)
             logits_NV = (self._student.predict(noised_BL, clean_BL, g_NV) if self._in_blocks else self._student.predict(noised_BL, g_NV))[0]
             nll_RM[start : start + rows][masked_BM] = F.cross_entropy(logits_NV.double(), clean_BL[hidden_BL], reduction="none").cpu()
-            if start == 0:
-                best_M[masked_BM[0]] = logits_NV[row_N == 0].argmax(1).cpu()
-        return nll_RM, best_M
+            best_RM[start : start + rows][masked_BM] = logits_NV.argmax(1).cpu()
+        return nll_RM, best_RM
 
     def _blocks(self, given: int, stop: int) -> Tensor:
-        """Which block each position of the continuation is part of, counted from its own first block: int64 [M]."""
+        """Which block (mtp: call) each position of the continuation is part of, counted from its own first one: int64 [M]."""
         position_M = torch.arange(given, stop)
+        if self._student.ahead:
+            return (position_M - given) // self._student.ahead
         return position_M // self._block - given // self._block if self._in_blocks else torch.zeros_like(position_M)
 
     def _noise(self, draw_N: Tensor, position_N: Tensor, name: int) -> Tensor | None:

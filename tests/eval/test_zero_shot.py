@@ -82,7 +82,8 @@ def test_the_mean_over_masks_is_the_exact_bound_and_lies_above_the_exact_likelih
     assert exact > -math.log(all_orders(model, ids, at)) > 0
     hidden = [part for n in (1, 2, 3) for part in itertools.combinations(range(3), n)]
     every_KM = torch.tensor([[place in part for place in range(3)] for part in hidden])
-    nll_KM, _ = MaskedLikelihood(model, 1, 1).losses(ids, 2, every_KM, torch.zeros(len(hidden), dtype=torch.int64))
+    nll_KM, best_KM = MaskedLikelihood(model, 1, 1).losses(ids, 2, every_KM, torch.zeros(len(hidden), dtype=torch.int64))
+    assert all(bool((best_M >= 0).eq(masked_M).all()) for best_M, masked_M in zip(best_KM, every_KM, strict=True))
     n_K = every_KM.sum(1).double()
     p_K = 1 / (3 * torch.tensor([math.comb(3, len(part)) for part in hidden], dtype=torch.float64))  # n uniform, places uniform given n
     loss_K = 3 / n_K * nll_KM.sum(1)
@@ -153,6 +154,34 @@ def test_all_orders_are_summed_given_noise_and_then_averaged_over_it() -> None:
                 found += math.exp(log_p) / math.factorial(len(block))
             chances.append(found)
         total += math.log(sum(chances) / 3)
+    assert score(ids, 2)[0] == pytest.approx(total, abs=1e-5)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_an_mtp_student_is_exact_call_by_call(shift: bool) -> None:
+    """A continuation of three tokens takes a call of two and one of what is left; probabilities of all of them sum to 1."""
+    model, ids = student("mtp", predict=2, context="drawn", shift=shift), [0, 2, 1, 0, 2]
+    score = MaskedLikelihood(model, 1, 1)
+    first, second = conditional(model, ids[:4], (2, 3)), conditional(model, ids, (4,))
+    assert score.exact and score.about == "exact"
+    assert score(ids, 2)[0] == pytest.approx(float(first[0, 1] + first[1, 0] + second[0, 2]), abs=1e-9)
+    found = [score(word, 2) for word in words(3)]
+    assert sum(math.exp(log_p) for log_p, _ in found) == pytest.approx(1, abs=1e-9) and sum(greedy for _, greedy in found) == 1
+
+
+def test_an_mtp_student_with_noise_is_averaged_over_it_call_by_call() -> None:
+    model, ids = student("mtp", NOISE, predict=2, context="drawn"), [0, 2, 1, 0, 2]
+    score, total = MaskedLikelihood(model, 5, 1), 0.0
+    assert not score.exact and "5 draws of prior noise" in score.about
+    for call in ((2, 3), (4,)):
+        position_N, chances = torch.tensor(call), []
+        for draw in range(5):
+            row = torch.tensor([ids[: call[-1] + 1]])
+            row[0, position_N] = model.mask_id
+            g_NV = score._noise(torch.full_like(position_N, draw), position_N, sequence_id(ids[:2]))
+            log_p_NV = model.logits(row, g_NV).log_softmax(-1)
+            chances.append(math.exp(sum(float(log_p_NV[k, ids[at]]) for k, at in enumerate(call))))
+        total += math.log(sum(chances) / 5)
     assert score(ids, 2)[0] == pytest.approx(total, abs=1e-5)
 
 
@@ -240,6 +269,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_student(folder / "ar", kind="ar")
     ahead = build(StudentConfig(kind="mtp", layers=1, hidden=16, heads=2, predict=2, context="drawn"), VOCAB, LENGTH)
     save_student(folder / "mtp", ahead, ahead.state_dict(), {}, {"dataset": str(folder / "heldout")})
+    row = build(StudentConfig(kind="mtp", layers=1, hidden=16, heads=2, predict=2), VOCAB, LENGTH)
+    save_student(folder / "mtp-row", row, row.state_dict(), {}, {"dataset": str(folder / "heldout")})
     questions = [{"question": f"w{i} w{i + 1}", "choices": ["w3 w4", "w5", "w6 w7"], "answer": i % 3} for i in range(4, 9)]
     (folder / "questions.json").write_text("\n".join(map(json.dumps, questions)))
     common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/questions.json}}}}\ntest_split: test\n"
@@ -259,7 +290,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["mdlm", "bd3lm", "gumbel", "ar"])
+@pytest.mark.parametrize("kind", ["mdlm", "bd3lm", "mtp", "gumbel", "ar"])
 @pytest.mark.parametrize("harness", ["lm_eval", "stand-in"])
 def test_every_student_is_a_model_of_the_harness(
     world: Path, tmp_path: Path, kind: str, harness: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -270,7 +301,7 @@ def test_every_student_is_a_model_of_the_harness(
     out = capsys.readouterr().out
     found = json.loads(next((tmp_path / "zero-shot").glob("*.json")).read_text())
     assert 0 <= found["results"]["choice"]["acc,none"] <= 1 and found["results"]["rolling"]["word_perplexity,none"] > 1
-    assert ("understate it" in out) == (kind == "gumbel") and ("likelihood: exact" in out) == (kind in ("ar", "bd3lm"))
+    assert ("understate it" in out) == (kind == "gumbel") and ("likelihood: exact" in out) == (kind in ("ar", "bd3lm", "mtp"))
     kept = next((tmp_path / "zero-shot").glob("*.jsonl"))
     before = kept.read_bytes()
     assert main(arguments) == 0 and kept.read_bytes() == before and len(before.splitlines()) == 5 * 3 + 5 + 5
@@ -357,7 +388,7 @@ def test_requests_are_answered_in_order_and_each_only_once(tmp_path: Path, monke
 def test_what_cannot_be_scored_is_one_clear_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
         ("mdlm", ["--draws", "0"], "draws is 0"), ("mdlm", ["--noise_temperature", "0.5"], "takes no noise"),
-        ("mdlm", ["--tasks", ","], "tasks is ','"), ("heldout", [], "is neither a student"), ("mtp", [], "mtp, whose likelihood is not computed"),
+        ("mdlm", ["--tasks", ","], "tasks is ','"), ("heldout", [], "is neither a student"), ("mtp-row", [], "last 2 tokens of whole rows alone"),
     ]  # fmt: skip
     for name, options, message in cases:
         assert main(["zero-shot", "--student", str(world / name), "--output", str(tmp_path), "--device", "cpu", *options]) == 1, message
