@@ -4,6 +4,7 @@ What fits by meaning and shape is loaded; the report says what was, what kept it
 
     ours, Llama and its family    by name
     GPT-2                         embedding, attention and, into a dit, MLP and norms; its learned positions and attention biases fit nowhere
+    ModernBERT                    embedding and attention; into a llama its MLP, into a dit its norms
     BERT, RoBERTa                 embedding alone: their layers normalise after each branch, ours before
     MDLM, BD3-LM                  all of it into a dit (exactly, see `published`); embedding and attention into a llama
 A deeper student takes the layers again from the first. The mask's embedding is theirs if they have one, else the mean token's.
@@ -98,6 +99,8 @@ def _named_as_ours(weights: Weights) -> _Source:
         return _Source("published DiT", folded, _mask_entry(weights.folder), unused, said)
     if any(name.endswith("attn.c_attn.weight") for name in names):
         return _gpt2(weights.tensors)
+    if any(name.endswith("embeddings.tok_embeddings.weight") for name in names):
+        return _modernbert(weights)
     if any(".word_embeddings.weight" in name for name in names):
         return _bert(weights)
     if (weights.folder / "student.json").exists() or (weights.folder / "state.json").exists():
@@ -134,6 +137,35 @@ def _gpt2(weights: dict[str, Tensor]) -> _Source:
         else:
             unused.append(name)
     return _Source("gpt2", tensors, unused=unused, said=["  GPT-2 has learned positions, ours are rotary: its attention must adapt to them"])
+
+
+def _modernbert(weights: Weights) -> _Source:
+    """Query, key and value are one product, and so are the MLP's two inputs, of which the first is activated. Norms have no bias: it is 0."""
+    found = {name.removeprefix("model."): tensor for name, tensor in weights.tensors.items()}
+    norms = {"attn_norm": "norm1", "mlp_norm": "norm2"}
+    parts = {"attn.Wqkv.weight": "attn_qkv.weight", "attn.Wo.weight": "attn_out.weight", "mlp.Wo.weight": "mlp.down_proj.weight"}
+    tensors, unused = {_EMBEDDING: found.pop("embeddings.tok_embeddings.weight")}, []
+    for name, tensor in found.items():
+        match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
+        prefix, part = (f"model.layers.{match[1]}.", match[2]) if match else ("model.", name)
+        norm = "norm" if part == "final_norm.weight" else norms.get(part.removesuffix(".weight")) if match else None
+        if norm:
+            tensors |= {
+                f"{prefix}{norm}.weight": tensor,
+                f"{prefix}{norm}.bias": found.get(name.replace(".weight", ".bias"), torch.zeros_like(tensor)),
+            }
+        elif match and part in parts:
+            tensors[prefix + parts[part]] = tensor
+        elif match and part == "mlp.Wi.weight":
+            tensors |= zip((f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"), tensor.chunk(2), strict=True)
+        elif not (name.endswith("norm.bias") and name.replace(".bias", ".weight") in found):
+            unused.append(name)
+    config = read_json(weights.folder / "config.json") if (weights.folder / "config.json").exists() else {}
+    bases = sorted({kind.get("rope_theta") for kind in (config.get("rope_parameters") or {}).values()} - {None, ROPE_BASE})
+    said = [f"  the rotary base of some of its layers is {base}, ours {ROPE_BASE}: their attention must adapt to other positions" for base in bases]
+    if config.get("hidden_activation", "gelu") != "silu":
+        said.append(f"  its MLP is gated by {config.get('hidden_activation', 'gelu')}, a llama's by silu: it must adapt where it is loaded")
+    return _Source("modernbert", tensors, _mask_entry(weights.folder), unused, said)
 
 
 def _bert(weights: Weights) -> _Source:

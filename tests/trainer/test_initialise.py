@@ -239,6 +239,57 @@ def test_a_llama_loads_by_name_whole_or_in_shards_and_its_rotary_base_is_compare
     assert "  unused there: lm_head.weight" in said and any("rotary base is 500000" in line for line in said)
 
 
+def modernbert(folder, **settings):
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    torch.manual_seed(3)
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+    model = ModernBertForMaskedLM(
+        ModernBertConfig(vocab_size=V, hidden_size=H, intermediate_size=32, num_hidden_layers=2, num_attention_heads=HEADS, **special, **settings)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 4, "content": "[MASK]"}]}))
+    return model.eval()
+
+
+def test_a_modernberts_layers_compute_in_a_llama_what_they_did(tmp_path):
+    """With its rotary base and activation as ours, attention and MLP are the same functions; only its norms are not."""
+    same_base = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+    model = modernbert(tmp_path, hidden_activation="silu", rope_parameters=same_base)
+    own = student(mlp=32)
+    said = start_from(own, tmp_path)
+    x_BLH, rotary = torch.randn(2, 6, H), own.model.rotary(6)
+    for layer, theirs in zip(own.model.layers, model.model.layers, strict=True):
+        cos_1LD, sin_1LD = (part[None] for part in rotary)
+        assert torch.allclose(layer.self_attn(x_BLH, *rotary, False, None), theirs.attn(x_BLH, (cos_1LD, sin_1LD))[0], atol=1e-5)
+        assert torch.allclose(layer.mlp(x_BLH), theirs.mlp(x_BLH), atol=1e-5) and float(theirs.mlp(x_BLH).abs().mean()) > 1e-3
+        assert torch.equal(layer.input_layernorm.weight, torch.ones(H)), "a LayerNorm's weights mean nothing to an RMSNorm"
+    embedding = model.get_input_embeddings().weight
+    assert torch.equal(own.model.embed_tokens.weight, torch.cat((embedding, embedding[4:5])))
+    assert any("the mask as their entry 4" in line for line in said) and not any("must adapt" in line for line in said)
+    unused = [line for line in said if "unused there" in line]
+    assert {"head.dense.weight", "embeddings.norm.weight", "decoder.bias"} <= {line.split(": ")[1] for line in unused}
+
+
+@pytest.mark.parametrize("norm_bias", [False, True])
+def test_a_modernberts_norms_and_attention_are_a_dits(tmp_path, norm_bias):
+    model = modernbert(tmp_path, norm_bias=norm_bias)
+    own = student(backbone="dit", layers=2)
+    said = start_from(own, tmp_path)
+    x_BLH = torch.randn(2, 6, H)
+    assert torch.allclose(own.model.norm(x_BLH), model.model.final_norm(x_BLH), atol=1e-5)
+    layer, theirs = own.model.layers[1], model.model.layers[1]
+    assert torch.allclose(layer.norm1(x_BLH), theirs.attn_norm(x_BLH), atol=1e-5)
+    assert torch.allclose(layer.norm2(x_BLH), theirs.mlp_norm(x_BLH), atol=1e-5)
+    assert torch.equal(layer.attn_qkv.weight, theirs.attn.Wqkv.weight) and torch.equal(layer.attn_out.weight, theirs.attn.Wo.weight)
+    assert any("rotary base of some of its layers is 160000.0" in line for line in said) and any("gated by gelu" in line for line in said)
+    assert {"  unused there: model.layers.*.mlp.gate_proj.weight x 2", "  loaded: model.layers.*.norm2.weight x 2"} <= set(said)
+    assert "  loaded: model.layers.*.norm1.weight x 1" in said, "its first layer has no norm before attention"
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_bert_gives_its_embedding_and_its_mask_token(tmp_path, family):
     from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
