@@ -3,9 +3,9 @@
     settings, truth      what was asked for; truth is exact
     references           teacher (its own rollouts) and limit (exact marginals, what a student without noise tends to): name -> nfe -> figures
     systems              name -> {noise, outputs: output -> nfe -> {points: [decoding + figures], matched}}
-                         matched: {valid, position, clamped}: the share of valid transitions where entropy is the teacher's
+                         matched: {valid, position, clamped}: the share of valid transitions where entropy is the teacher's, which is known exactly
     comparisons          [{nfe, system, output, against, position, valid, distance}], system minus against: valid shares at
-                         matched entropy, and distances of pairs, which need no matching, of the points traced first
+                         matched entropy, and distances of pairs at the points traced first
 
 Figures are {valid, entropy, rollout_prefix, pair_distance}, each {value, low, high}: 95%, bootstrap over sequences, paired
 between systems. A distance of a finite sample is too large, and of its replicates more so, hence its interval is the
@@ -49,7 +49,7 @@ class _Figures:
         self.weights_RS = bootstrap_weights(config.sequences, config.replicates, config.seed)
         self.possible_VV, self.joint_VV = (self.chain.transition > 0).numpy(), self.chain.joint.numpy()
         self.teacher_SL = self.chain.rollout(torch.arange(config.sequences), config.length + 1, config.seed).numpy()
-        self.teacher_entropy_R = self._entropy(self.teacher_SL)
+        self.entropy_R = np.full(len(self.weights_RS), self.chain.entropy)
 
     def report(self) -> Report:
         config, chain = self.config, self.chain
@@ -91,7 +91,7 @@ class _Figures:
     def _match(self, points: list[Array]) -> Matched:
         # the frontier's quality is here the share of valid transitions, where text has a log-perplexity
         frontier = Frontier(np.stack([self._entropy(ids) for ids in points]), np.stack([self._valid(ids) for ids in points]))
-        return match(frontier, self.teacher_entropy_R)
+        return match(frontier, self.entropy_R)
 
     @functools.cache  # noqa: B019 (lives as long as one report)
     def _matched(self, name: str, output: str, nfe: int) -> Matched:

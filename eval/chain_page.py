@@ -67,7 +67,8 @@ def markdown(chain: Report) -> str:
         f"{settings['sequences']:,} sequences a figure, brackets are 95% bootstrap intervals.",
         "## Distance of pairs",
         markdown_table(*distance_table(chain)),
-        "Total variation between the joint of adjacent tokens and the true one: lower is better, and entropy cannot buy it. The teacher's own "
+        "Total variation between the joint of adjacent tokens and the true one, at the temperature and noise temperature that was traced first: "
+        "lower is better. The teacher's own "
         f"{settings['sequences']:,} rollouts have {interval(teacher_figures['pair_distance'], 3)}. Exact marginals are what a student without noise "
         "becomes, however large and long trained: being better at some NFE is beyond all of them.",
         "## Valid transitions at the teacher's entropy",

@@ -4,7 +4,8 @@
     bd3lm           exact: the sum over blocks of log p(block | the blocks before), each the mean over all orders in which its positions can be
                     revealed, one at a time (`over_orders`). A block of B positions has 2^B - 1 masks; where `draws` are fewer, a bound as below in
                     each block, and the blocks' bounds add up
-    mtp             exact: the continuation in calls of the next n tokens, as many as the student predicts, of which each is chosen alone
+    mtp             exact: the continuation in calls of the next n tokens, as many as the student predicts, of which each is chosen alone; the
+                    last call shows n masks, too (fewer where the row ends), whatever the continuation needs of them
     mdlm            -log p(x | c) <= NELBO = E over n ~ U{1..M}, S of n positions [ M/n  sum over i in S of -log p(x_i | c, x outside S) ]
 
 M positions continue the context c, which is never masked. This NELBO is the continuous-time one of MDLM (E over t of 1/t sum over
@@ -100,14 +101,15 @@ class MaskedLikelihood:
     def __call__(self, ids: list[int], given: int) -> Scored:
         """Of ids[given:] after ids[:given], given >= 1; all within the student's block length."""
         block_M, draws = self._blocks(given, len(ids)), len(self._seeds)
-        if self._all_orders or self._student.ahead:
-            masked_SM = every_mask(block_M) if self._all_orders else block_M == torch.arange(int(block_M[-1]) + 1)[:, None]
+        if self._student.ahead:
+            nll_KCM, best_M = self._calls(ids, given, block_M)
+            log_p = (torch.logsumexp(-nll_KCM.sum(2), 0) - math.log(draws)).sum()
+        elif self._all_orders:
+            masked_SM = every_mask(block_M)
             count = len(masked_SM)
             nll_RM, best_RM = self.losses(ids, given, masked_SM.repeat(draws, 1), torch.arange(draws).repeat_interleave(count))
-            best_M = best_RM[0] if self._all_orders else best_RM[block_M, torch.arange(len(block_M))]
-            nll_KSM = nll_RM.view(draws, count, -1)
-            log_p_KC = over_orders(nll_KSM, block_M) if self._all_orders else -nll_KSM.sum(2)
-            log_p = (torch.logsumexp(log_p_KC, 0) - math.log(draws)).sum()
+            best_M = best_RM[0]
+            log_p = (torch.logsumexp(over_orders(nll_RM.view(draws, count, -1), block_M), 0) - math.log(draws)).sum()
         else:  # one more row, all masked, says what greedy decoding does
             masked_KM, weight_KM = masks(self._seeds, sequence_id(ids[:given]), given, block_M)
             rows_KM, rows_K = F.pad(masked_KM, (0, 0, 1, 0), value=True), F.pad(torch.arange(draws), (1, 0))
@@ -115,6 +117,16 @@ class MaskedLikelihood:
             best_M = best_RM[0]
             log_p = -(weight_KM * nll_KM[1:]).sum(1).mean()
         return float(log_p), bool((best_M == torch.tensor(ids[given:])).all())
+
+    def _calls(self, ids: list[int], given: int, call_M: Tensor) -> tuple[Tensor, Tensor]:
+        """(-log p of each token in its own call, float64 [K, C, M], 0 in others; the first draw's likeliest tokens, int64 [M]) of an mtp student."""
+        draws, calls, count = len(self._seeds), int(call_M[-1]) + 1, len(call_M)
+        shown = min(calls * self._student.ahead, self._student.block_length - given)
+        call_P = torch.arange(shown) // self._student.ahead
+        masked_CP = call_P == torch.arange(calls)[:, None]
+        whole = [*ids, *[0] * (shown - count)]  # what stands behind is masked or not seen
+        nll_RP, best_RP = self.losses(whole, given, masked_CP.repeat(draws, 1), torch.arange(draws).repeat_interleave(calls))
+        return nll_RP[:, :count].view(draws, calls, count), best_RP[call_M, torch.arange(count)]
 
     def losses(self, ids: list[int], given: int, masked_RM: Tensor, draw_R: Tensor) -> tuple[Tensor, Tensor]:
         """(-log p of each masked token, float64 [R, M], 0 where it is not masked; the most likely token there, int64 [R, M], -1 where not).

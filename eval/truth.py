@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def measured(config: TruthConfig, name: str, seed: int, system: str) -> Measured
     """What one trained student does; computed once."""
     taught = config.taught(name, seed)
     about = {"student": folder_identity(taught.student(system)), "seed": str(seed)}
-    drawn = about if config.systems[system].kind == "none" else {**about, "draws": config.integration}
+    drawn = about if config.systems[system].kind == "none" else {**about, "draws": config.integration, "groups": GROUPS}
     heldout = {**about, "rows": config.heldout_rows}
     student = functools.cache(lambda: load_masked(str(taught.student(system)), device_of(config.device)))
     returned_S = _kept(taught.folder / "reconstruction", system, heldout, lambda: _reconstructed(taught, student()))
@@ -105,7 +105,7 @@ def measured(config: TruthConfig, name: str, seed: int, system: str) -> Measured
     written = {}
     for nfe in config.nfe:
         decoding = config.decoding(system, nfe)
-        asked = {**drawn, "decoding": asdict(decoding)}
+        asked = {**drawn, "decoding": decoding.request()}
         make = functools.partial(_written, config, language(name), student, decoding, seed)
         written[nfe] = _kept(taught.folder / "written", f"{system}-nfe{nfe}", asked, make)
     return Measured(written, returned_S, accepted_S)

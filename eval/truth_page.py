@@ -71,7 +71,7 @@ def markdown(truth: Report, picture: str) -> str:
         "The limit is exact: what a student without noise tends to, however large and long trained.",
         f"## {TITLES['distance']}",
         markdown_table(*figure_table(truth, "distance")),
-        "Nothing is sampled to be counted: the teacher's own joint is at 0.",
+        "The teacher is at 0: this is no count of a sample, which would be off even for the teacher's own.",
         "## One call",
         markdown_table(*one_call_table(truth)),
         "With the teacher's noise, a token of a draft is accepted where the teacher writes the same from that noise, up to the first difference. "

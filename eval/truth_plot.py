@@ -79,7 +79,7 @@ def _sentences(truth: Report) -> Any:
         axis.set_ylim(0, 1.04)
         axis.set_xlabel("calls (NFE)")
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("share of samples that are sentences")
+    axes[0].set_ylabel("share of what is written\nthat is a sentence")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     return figure

@@ -4,8 +4,8 @@
     python -m eval zero-shot --student STUDENT --output FOLDER                                  the standard list, where the hub is reachable
     python -m eval zero-shot --student STUDENT --output FOLDER --tasks mine --task_folder DIR   a task of your own: DIR/mine.yaml, in lm-eval's format
 
-A likelihood is exact for ar, and for bd3lm where `draws` are enough for all masks of a block (then all orders in which its tokens can be revealed are
-summed); else it is a bound by Monte Carlo, of as many draws as asked for; see likelihood for which bound it is. Posterior noise would leak the
+A likelihood is exact for ar and mtp, and for bd3lm where `draws` are enough for all masks of a block (then all orders in which its tokens
+can be revealed are summed); else it is a bound by Monte Carlo, of as many draws as asked for; see likelihood for which bound it is. Posterior noise would leak the
 answer, so students with noise are given independent prior noise, and pay for what they believe of it: their figures understate them. What is
 written (generate_until) comes from the samplers of `sample`.
 Each answer is kept in the output folder as it is found, so the same command continues where it was stopped.
@@ -39,7 +39,7 @@ class ZeroShotConfig:
     """Accuracy of one student on tasks of lm-eval, without training on them."""
 
     student: str
-    """Folder of a trained mdlm, bd3lm or ar student, or a causal LM: a folder or hub id."""
+    """Folder of a trained mdlm, bd3lm, mtp or ar student, or a causal LM: a folder or hub id."""
     output: str
     """Folder of the results and of the answers that are kept."""
     tasks: str = "standard"

@@ -30,6 +30,12 @@ from trainer.students.base import Base
 
 _EMBEDDING = "model.embed_tokens.weight"
 _ENTRIES = (_EMBEDDING, "model.output.weight", "model.output.bias")
+_TOKENS = "embeddings.tok_embeddings.weight"
+_MODERNBERT_LAYER = {
+    "attn_norm.weight": "norm1.weight", "attn_norm.bias": "norm1.bias", "mlp_norm.weight": "norm2.weight", "mlp_norm.bias": "norm2.bias",
+    "attn.Wqkv.weight": "attn_qkv.weight", "attn.Wo.weight": "attn_out.weight", "mlp.Wo.weight": "mlp.down_proj.weight",
+}  # fmt: skip
+_MODERNBERT_END = {"final_norm.weight": "norm.weight", "final_norm.bias": "norm.bias"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
 
@@ -43,6 +49,8 @@ class _Source:
     """Their entry for the mask token, if it is known."""
     unused: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    implied: set[str] = field(default_factory=set)
+    """Names of tensors that are not in the file, but follow from it."""
 
 
 def start_from(student: Base, where: str | Path) -> list[str]:
@@ -70,7 +78,7 @@ def start_from(student: Base, where: str | Path) -> list[str]:
         raise DatasetError(
             f"{path}: no tensor fits this student, whose {name} is {tuple(tensor.shape)}; start from a student, or a checkpoint, of the same width"
         )
-    unused = [name for name in given if name not in used] + source.unused
+    unused = [name for name in given if name not in used | source.implied] + source.unused
     lines = [f"started from {path} ({source.family}): {len(loaded)} of {len(own)} tensors loaded", *weights.said, *source.said]
     for what, names in (("loaded", loaded), ("kept its initial value", kept), ("unused there", unused)):
         lines += [f"  {what}: {line}" for line in _grouped(names)]
@@ -99,7 +107,7 @@ def _named_as_ours(weights: Weights) -> _Source:
         return _Source("published DiT", folded, _mask_entry(weights.folder), unused, said)
     if any(name.endswith("attn.c_attn.weight") for name in names):
         return _gpt2(weights.tensors)
-    if any(name.endswith("embeddings.tok_embeddings.weight") for name in names):
+    if any(name.endswith(_TOKENS) for name in names):
         return _modernbert(weights)
     if any(".word_embeddings.weight" in name for name in names):
         return _bert(weights)
@@ -140,32 +148,41 @@ def _gpt2(weights: dict[str, Tensor]) -> _Source:
 
 
 def _modernbert(weights: Weights) -> _Source:
-    """Query, key and value are one product, and so are the MLP's two inputs, of which the first is activated. Norms have no bias: it is 0."""
-    found = {name.removeprefix("model."): tensor for name, tensor in weights.tensors.items()}
-    norms = {"attn_norm": "norm1", "mlp_norm": "norm2"}
-    parts = {"attn.Wqkv.weight": "attn_qkv.weight", "attn.Wo.weight": "attn_out.weight", "mlp.Wo.weight": "mlp.down_proj.weight"}
-    tensors, unused = {_EMBEDDING: found.pop("embeddings.tok_embeddings.weight")}, []
+    """Query, key and value are one product, and so are the MLP's two inputs, of which the first is activated. Norms may have no bias: it is 0."""
+    prefix = next(name for name in weights.tensors if name.endswith(_TOKENS)).removesuffix(_TOKENS)
+    found = {name.removeprefix(prefix): tensor for name, tensor in weights.tensors.items()}
+    source = _Source("modernbert", {_EMBEDDING: found.pop(_TOKENS)}, _mask_entry(weights.folder), said=_modernbert_differs(weights.folder))
     for name, tensor in found.items():
-        match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
-        prefix, part = (f"model.layers.{match[1]}.", match[2]) if match else ("model.", name)
-        norm = "norm" if part == "final_norm.weight" else norms.get(part.removesuffix(".weight")) if match else None
-        if norm:
-            tensors |= {
-                f"{prefix}{norm}.weight": tensor,
-                f"{prefix}{norm}.bias": found.get(name.replace(".weight", ".bias"), torch.zeros_like(tensor)),
-            }
-        elif match and part in parts:
-            tensors[prefix + parts[part]] = tensor
-        elif match and part == "mlp.Wi.weight":
-            tensors |= zip((f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"), tensor.chunk(2), strict=True)
-        elif not (name.endswith("norm.bias") and name.replace(".bias", ".weight") in found):
-            unused.append(name)
-    config = read_json(weights.folder / "config.json") if (weights.folder / "config.json").exists() else {}
-    bases = sorted({kind.get("rope_theta") for kind in (config.get("rope_parameters") or {}).values()} - {None, ROPE_BASE})
-    said = [f"  the rotary base of some of its layers is {base}, ours {ROPE_BASE}: their attention must adapt to other positions" for base in bases]
+        layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*)", name).groups(default="")  # type: ignore[union-attr]
+        if layer and part == "mlp.Wi.weight":
+            source.tensors |= zip((f"model.{layer}mlp.gate_proj.weight", f"model.{layer}mlp.up_proj.weight"), tensor.chunk(2), strict=True)
+        elif part in (_MODERNBERT_LAYER if layer else _MODERNBERT_END):
+            source.tensors[f"model.{layer}{(_MODERNBERT_LAYER | _MODERNBERT_END)[part]}"] = tensor
+        else:
+            source.unused.append(name)
+    for name, tensor in list(source.tensors.items()):
+        bias = re.sub(r"(norm[12]?)\.weight$", r"\1.bias", name)
+        if bias not in source.tensors:
+            source.tensors[bias] = torch.zeros_like(tensor)
+            source.implied.add(bias)
+    return source
+
+
+def _modernbert_differs(folder: Path) -> list[str]:
+    """What its layers do otherwise, from its config; published files name their rotary bases in an older way."""
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    given, bases = config.get("rope_parameters") or {}, set()
+    for kind, older, usual in (("full_attention", "global_rope_theta", 160000.0), ("sliding_attention", "local_rope_theta", 10000.0)):
+        own = given.get(kind) if "rope_theta" not in given else given
+        bases.add(float((own or {}).get("rope_theta") or config.get(older) or usual))
+    said = [
+        f"  the rotary base of some of its layers is {base:g}, ours {ROPE_BASE:g}: their attention must adapt to other positions"
+        for base in sorted(bases - {ROPE_BASE})
+    ]
     if config.get("hidden_activation", "gelu") != "silu":
         said.append(f"  its MLP is gated by {config.get('hidden_activation', 'gelu')}, a llama's by silu: it must adapt where it is loaded")
-    return _Source("modernbert", tensors, _mask_entry(weights.folder), unused, said)
+    said.append(f"  some of its layers see {config.get('local_attention', 128)} positions around their own alone, ours all of the row")
+    return said
 
 
 def _bert(weights: Weights) -> _Source:

@@ -159,30 +159,40 @@ def test_all_orders_are_summed_given_noise_and_then_averaged_over_it() -> None:
 
 @pytest.mark.parametrize("shift", [False, True])
 def test_an_mtp_student_is_exact_call_by_call(shift: bool) -> None:
-    """A continuation of three tokens takes a call of two and one of what is left; probabilities of all of them sum to 1."""
+    """A continuation of three tokens takes a call of two and one of two that needs one; probabilities of all of them sum to 1."""
     model, ids = student("mtp", predict=2, context="drawn", shift=shift), [0, 2, 1, 0, 2]
     score = MaskedLikelihood(model, 1, 1)
-    first, second = conditional(model, ids[:4], (2, 3)), conditional(model, ids, (4,))
+    first, second = conditional(model, ids[:4], (2, 3)), conditional(model, [*ids, 0], (4, 5))
     assert score.exact and score.about == "exact"
     assert score(ids, 2)[0] == pytest.approx(float(first[0, 1] + first[1, 0] + second[0, 2]), abs=1e-9)
     found = [score(word, 2) for word in words(3)]
     assert sum(math.exp(log_p) for log_p, _ in found) == pytest.approx(1, abs=1e-9) and sum(greedy for _, greedy in found) == 1
+    shorter = [score([*GIVEN, 0], 2)[0], *[score([*GIVEN, 0, token], 2)[0] for token in range(V)]]
+    assert math.log(sum(map(math.exp, shorter[1:]))) == pytest.approx(shorter[0], abs=1e-9), "a word's chance is that of all that begin with it"
+    alone = conditional(model, [0, 2, 1], (1, 2))  # calls begin where the continuation does
+    rest = conditional(model, [0, 2, 1, 0, 0], (3, 4))
+    assert score([0, 2, 1, 0], 1)[0] == pytest.approx(float(alone[0, 2] + alone[1, 1] + rest[0, 0]), abs=1e-9)
+    end = conditional(model, [0, 2, 1, 0, 2, 1], (5,))  # the row ends with one mask
+    assert score([0, 2, 1, 0, 2, 1], 5)[0] == pytest.approx(float(end[0, 1]), abs=1e-9)
 
 
 def test_an_mtp_student_with_noise_is_averaged_over_it_call_by_call() -> None:
     model, ids = student("mtp", NOISE, predict=2, context="drawn"), [0, 2, 1, 0, 2]
-    score, total = MaskedLikelihood(model, 5, 1), 0.0
+    score, total, best = MaskedLikelihood(model, 5, 1), 0.0, [0, 0]
     assert not score.exact and "5 draws of prior noise" in score.about
-    for call in ((2, 3), (4,)):
+    whole = [*ids, 0]
+    for call in ((2, 3), (4, 5)):
         position_N, chances = torch.tensor(call), []
         for draw in range(5):
-            row = torch.tensor([ids[: call[-1] + 1]])
+            row = torch.tensor([whole[: call[-1] + 1]])
             row[0, position_N] = model.mask_id
             g_NV = score._noise(torch.full_like(position_N, draw), position_N, sequence_id(ids[:2]))
             log_p_NV = model.logits(row, g_NV).log_softmax(-1)
-            chances.append(math.exp(sum(float(log_p_NV[k, ids[at]]) for k, at in enumerate(call))))
+            chances.append(math.exp(sum(float(log_p_NV[k, ids[at]]) for k, at in enumerate(call) if at < len(ids))))
+            best = log_p_NV.argmax(1).tolist() if draw == 0 and call == (2, 3) else best
         total += math.log(sum(chances) / 5)
     assert score(ids, 2)[0] == pytest.approx(total, abs=1e-5)
+    assert [word[2:] for word in words(2) if score(word, 2)[1]] == [best], "greedy is under the first draw's noise"
 
 
 def test_greedy_is_said_of_the_one_continuation_that_greedy_decoding_writes() -> None:

@@ -270,8 +270,12 @@ def test_a_modernberts_layers_compute_in_a_llama_what_they_did(tmp_path):
     embedding = model.get_input_embeddings().weight
     assert torch.equal(own.model.embed_tokens.weight, torch.cat((embedding, embedding[4:5])))
     assert any("the mask as their entry 4" in line for line in said) and not any("must adapt" in line for line in said)
-    unused = [line for line in said if "unused there" in line]
-    assert {"head.dense.weight", "embeddings.norm.weight", "decoder.bias"} <= {line.split(": ")[1] for line in unused}
+    assert any("see 128 positions around their own alone" in line for line in said)
+    unused = {line.split(": ")[1] for line in said if "unused there" in line}
+    assert unused == {
+        "head.dense.weight", "head.norm.weight", "embeddings.norm.weight", "decoder.bias", "model.norm.weight (LayerNorm)",
+        "model.layers.*.norm1.weight x 1", "model.layers.*.norm2.weight x 2",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("norm_bias", [False, True])
@@ -285,9 +289,30 @@ def test_a_modernberts_norms_and_attention_are_a_dits(tmp_path, norm_bias):
     assert torch.allclose(layer.norm1(x_BLH), theirs.attn_norm(x_BLH), atol=1e-5)
     assert torch.allclose(layer.norm2(x_BLH), theirs.mlp_norm(x_BLH), atol=1e-5)
     assert torch.equal(layer.attn_qkv.weight, theirs.attn.Wqkv.weight) and torch.equal(layer.attn_out.weight, theirs.attn.Wo.weight)
-    assert any("rotary base of some of its layers is 160000.0" in line for line in said) and any("gated by gelu" in line for line in said)
+    assert any("rotary base of some of its layers is 160000," in line for line in said) and any("gated by gelu" in line for line in said)
     assert {"  unused there: model.layers.*.mlp.gate_proj.weight x 2", "  loaded: model.layers.*.norm2.weight x 2"} <= set(said)
     assert "  loaded: model.layers.*.norm1.weight x 1" in said, "its first layer has no norm before attention"
+    unused = {line.split(": ")[1] for line in said if "unused there" in line}
+    assert ("embeddings.norm.bias" in unused) == ("head.norm.bias" in unused) == norm_bias
+
+
+@pytest.mark.parametrize(
+    ("config", "bases"),
+    [
+        ({"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}, ["160000"]),
+        ({"global_rope_theta": 80000, "local_rope_theta": 20000}, ["20000", "80000"]),
+        ({"rope_parameters": {"full_attention": None, "sliding_attention": {"rope_theta": 10000.0}}}, ["160000"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, []),
+        ({}, ["160000"]),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "bert.", "model.model."])
+def test_a_modernberts_rotary_bases_are_compared_however_its_config_names_them(tmp_path, config, bases, prefix):
+    model = modernbert(tmp_path)
+    save_tensors(tmp_path / "model.safetensors", {prefix + name: tensor for name, tensor in model.model.state_dict().items()})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "modernbert", **config}))
+    said = start_from(student(mlp=32), tmp_path)
+    assert [line.split(" is ")[1].split(",")[0] for line in said if "rotary base" in line] == bases
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
