@@ -68,16 +68,20 @@ def _chances(student: Any, known_BL: Tensor, logits_NV: Tensor, ids_ML: Tensor, 
 
 def share_of_sentences(q_GM: Array) -> Interval:
     """Share of sentences among all that is written, 95%; exact of one group, which is a sum."""
-    found = Interval.of_mean(q_GM.sum(1))
-    return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
+    return _within_one(Interval.of_mean(q_GM.sum(1)))
 
 
 def distance(p_M: Array, q_GM: Array) -> Interval:
     """Total variation between p and what is written, between its two bounds, 95%; exact of one group, which is a sum."""
     above = Interval.of_mean((p_M - q_GM)[:, p_M > q_GM.mean(0)].sum(1))
     if len(q_GM) == 1:
-        return above
+        return _within_one(above)
     chosen_M = p_M > q_GM[::2].mean(0)
     below = Interval.of_mean((p_M - q_GM[1::2])[:, chosen_M].sum(1))
     middle = (max(0.0, below.value) + above.value) / 2
-    return Interval(middle, max(0.0, min(below.low, middle)), min(1.0, max(above.high, middle)))
+    return _within_one(Interval(middle, min(below.low, middle), max(above.high, middle)))
+
+
+def _within_one(found: Interval) -> Interval:
+    """As of a share: from 0 to 1."""
+    return Interval(*(min(1.0, max(0.0, value)) for value in (found.value, found.low, found.high)))

@@ -5,9 +5,9 @@
     python -m eval zero-shot --student STUDENT --output FOLDER --tasks mine --task_folder DIR   a task of your own: DIR/mine.yaml, in lm-eval's format
 
 A likelihood is exact for ar and mtp, and for bd3lm where `draws` are enough for all masks of a block (then all orders in which its tokens
-can be revealed are summed); else it is a bound by Monte Carlo, of as many draws as asked for; see likelihood for which bound it is. Posterior noise would leak the
-answer, so students with noise are given independent prior noise, and pay for what they believe of it: their figures understate them. What is
-written (generate_until) comes from the samplers of `sample`.
+can be revealed are summed); else it is a bound by Monte Carlo, of as many draws as asked for; see likelihood for which bound it is.
+Posterior noise would leak the answer, so students with noise are given independent prior noise, and pay for what they believe of it: their
+figures understate them. What is written (generate_until) comes from the samplers of `sample`.
 Each answer is kept in the output folder as it is found, so the same command continues where it was stopped.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_one_call_without_noise_is_the_sum_itself():
 
 @pytest.mark.parametrize("nfe", [2, 3])
 def test_the_bounds_hold_the_sum_over_all_orders(nfe):
-    """Twenty integrals whose value is known: 95% intervals, so one in a thousand fails to hold sixteen of twenty."""
+    """Twenty integrals whose value is known: 95% intervals, so three in a thousand fail to hold sixteen of twenty."""
     valid, away = valid_and_distance(CITIES, factorised(CITIES, nfe))
     found = [integrated(Knows(CITIES), CITIES, Decoding(nfe), 320, seed, "cpu") for seed in range(20)]
     shares, distances = [share_of_sentences(q_GM) for q_GM in found], [distance(CITIES.p_M, q_GM) for q_GM in found]
@@ -64,10 +66,10 @@ def test_the_bounds_hold_the_sum_over_all_orders(nfe):
 
 def test_noise_that_makes_independent_choices_writes_the_limit():
     """argmax of log p + g, place by place: the noise is integrated away to the product of the marginals."""
-    exact_M, q_GM = factorised(MAZE, 1), integrated(Knows(MAZE, noise=True), MAZE, argmax(1), 8000, 1, "cpu")
-    assert set(np.unique(q_GM * 250)) <= set(range(251)), "an argmax writes one sentence or none"
+    exact_M, q_GM = factorised(MAZE, 1), integrated(Knows(MAZE, noise=True), MAZE, argmax(1), 8192, 1, "cpu")
+    assert set(np.unique(q_GM * 64)) <= set(range(65)), "an argmax writes one sentence or none"
     valid, away = valid_and_distance(MAZE, exact_M)
-    assert 0.02 < valid < 0.05 and abs(share_of_sentences(q_GM).value - valid) < 4 * (valid / 8000) ** 0.5
+    assert 0.02 < valid < 0.05 and abs(share_of_sentences(q_GM).value - valid) < 4 * (valid / 8192) ** 0.5
     found = distance(MAZE.p_M, q_GM)
     assert found.low <= away <= found.high and found.high - found.low < 0.03
 
@@ -92,16 +94,17 @@ def test_draws_are_those_that_sampling_makes():
 def test_the_last_call_is_where_sampling_ends():
     student = TableStudent(noise="gumbel", readout=True)
     blank_BL = blank_rows(student, 50, 4, 0)
-    for nfe in (1, 2, 3):
-        before_BL, logits_NV = last_call(student, blank_BL, torch.arange(50), 7, argmax(nfe))
+    for nfe, fresh in product((1, 2, 3), (False, True)):
+        decoding = Decoding(nfe, output="argmax", fresh_noise=fresh)
+        before_BL, logits_NV = last_call(student, blank_BL, torch.arange(50), 7, decoding)
         masked_BL = before_BL == student.mask_id
         assert masked_BL.sum(1).tolist() == [3 - -(-3 * (nfe - 1) // nfe)] * 50
         before_BL = before_BL.masked_scatter(masked_BL, logits_NV.argmax(1))
-        assert torch.equal(before_BL, sample(student, blank_BL, torch.arange(50), 7, argmax(nfe)))
+        assert torch.equal(before_BL, sample(student, blank_BL, torch.arange(50), 7, decoding))
 
 
-def test_a_temperature_and_a_nucleus_are_those_of_the_sampler():
-    for decoding in (Decoding(1, temperature=0.5), Decoding(1, nucleus=0.6)):
+def test_temperature_nucleus_and_top_k_are_those_of_the_sampler():
+    for decoding in (Decoding(1, temperature=0.5), Decoding(1, nucleus=0.6), Decoding(1, top_k=2)):
         q_M = integrated(Knows(MAZE), MAZE, decoding, GROUPS, 1, "cpu").mean(0)
         student, draws = Knows(MAZE), 4000
         ids_SL = sample(student, blank_rows(student, draws, 9, 0), torch.arange(draws), 2, decoding)[:, 1:].numpy()
@@ -110,13 +113,27 @@ def test_a_temperature_and_a_nucleus_are_those_of_the_sampler():
         assert abs(q_M.sum() - factorised(MAZE, 1).sum()) > 1e-3
 
 
+@pytest.mark.parametrize("written", ["all as it should be", "half of the sentences half as often"])
+def test_bounds_hold_where_estimates_stray_most(written):
+    """Where q is p the plain estimate is all error. 400 integrals of 8,192 single sentences: 95% bounds miss 20 of them, or fewer."""
+    p_M = MAZE.p_M
+    q_M = p_M if written.startswith("all") else np.where(np.arange(len(p_M)) % 2, p_M / 2, p_M)
+    away, generator, missed = (p_M - q_M).sum(), np.random.default_rng(5), 0
+    for _ in range(400):
+        counts_GM = generator.multinomial(64, [*q_M, 1 - q_M.sum()], GROUPS)[:, :-1]
+        found = distance(p_M, counts_GM / 64)
+        assert found.low <= found.value <= found.high
+        missed += not found.low <= away <= found.high
+    assert missed <= 33, "20 and three standard deviations"
+
+
 def test_bounds_of_what_is_exact_are_the_figure():
     q_GM = 0.9 * CITIES.p_M[None]
     assert distance(CITIES.p_M, q_GM) == Interval(*[pytest.approx(0.1)] * 3) and share_of_sentences(q_GM) == Interval(*[pytest.approx(0.9)] * 3)
 
 
 def test_what_cannot_be_integrated_is_refused():
-    with pytest.raises(ValueError, match="draws is 31; give at least 32"):
-        integrated(Knows(CITIES), CITIES, Decoding(1), 31, 1, "cpu")
+    with pytest.raises(ValueError, match="draws is 127; give at least 128"):
+        integrated(Knows(CITIES), CITIES, Decoding(1), 127, 1, "cpu")
     with pytest.raises(ValueError, match=r"sampler is ancestral.*set sampler to even"):
-        integrated(Knows(CITIES), CITIES, Decoding(2, sampler="ancestral"), 64, 1, "cpu")
+        integrated(Knows(CITIES), CITIES, Decoding(2, sampler="ancestral"), GROUPS, 1, "cpu")
