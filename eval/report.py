@@ -6,7 +6,7 @@
     machine          what the wall times were measured on; null without them
     real, teacher    figures of real held-out text, and of the teacher's own samples (null without a teacher)
     systems          name -> {student, kind, noise, free, nfe -> {points: [figures + decoding + forwards], matched, seconds}}
-                     matched: {perplexity, entropy, position, clamped, mauve}: the frontier read at the entropy of real text
+                     matched: {perplexity, entropy, position, clamped, mauve, distinct_1..3}: the frontier read at the entropy of real text
                      seconds: wall time of a sequence in a batch, {value: median, low, high: extremes of the repetitions}
     comparisons      [{nfe, system, against, ratio, matched, below_one, sentence}]: perplexity of system / against, both matched
     reconstruction   name -> nfe -> share of held-out tokens that come back; null where the data has no noise
@@ -122,9 +122,12 @@ class _Builder:
         for nfe, points in self.points[name].items():
             at, near = self.matched[name, nfe]
             entropy = asdict(Interval.of(self.real_entropy_R))
+            found = [self._point(point) for point in points]
             matched = {"perplexity": asdict(at.perplexity), "entropy": entropy, "position": at.position, "clamped": at.clamped, "mauve": near}
+            matched |= {name: _interval_at(found, name, self.real_entropy_R[0]) for name in ("distinct_1", "distinct_2", "distinct_3")}
             seconds = _spread(study.seconds(points[0])) if self.config.timing_rows else None
-            by_nfe[nfe] = {"points": [{**asdict(point.decoding), **self._point(point)} for point in points], "matched": matched, "seconds": seconds}
+            shown = [{**asdict(point.decoding), **figures} for point, figures in zip(points, found, strict=True)]
+            by_nfe[nfe] = {"points": shown, "matched": matched, "seconds": seconds}
         student = study.students[name]
         about = {"student": system.student, "kind": student.config.kind, "noise": asdict(student.noise), "free": is_free(system, student)}
         return {**about, "nfe": by_nfe}
@@ -198,6 +201,13 @@ class _Builder:
 
     def _text(self, ids_SL: Array, row: int) -> str:
         return str(self.study.tokenizer.decode(ids_SL[row, 1:].tolist(), skip_special_tokens=False))
+
+
+def _interval_at(points: list[dict[str, Any]], figure: str, entropy: float) -> dict[str, float]:
+    """A figure's estimate and both ends of its interval between the traced points, where the entropy is this one."""
+    entropy_P3 = np.array([[point["entropy"]["value"]] * 3 for point in points])
+    ends_P3 = np.array([[point[figure][end] for end in ("value", "low", "high")] for point in points])
+    return asdict(Interval(*match(Frontier(entropy_P3, ends_P3), np.full(3, entropy)).value_R.tolist()))
 
 
 def figures(scored: Scored, weights_RS: Array, ends: set[int]) -> dict[str, Any]:

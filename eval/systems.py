@@ -114,8 +114,8 @@ def _about(student: str) -> tuple[str, dict[str, Any]]:
 
 
 def _own_nfe(about: dict[str, Any], nfe: list[int]) -> list[int]:
-    """A bd3lm student's numbers: the report's that its blocks divide, or else one, two, four ... forwards a block. An mtp student's: those that
-    suffice, or else as few forwards as do."""
+    """A bd3lm student's numbers: the report's that its blocks divide, or else one, two, four ... forwards a block, and one a token where the
+    report goes as far. An mtp student's: those that suffice, or else as few forwards as do."""
     if about["kind"] == "mtp":
         least = least_forwards(int(about["block_length"]) - 1, int(about["student"]["predict"]))
         return [n for n in nfe if n >= least] or [least]
@@ -123,7 +123,8 @@ def _own_nfe(about: dict[str, Any], nfe: list[int]) -> list[int]:
         return []
     size = int(about["student"]["block_size"])
     blocks = -(-int(about["block_length"]) // size)
-    return [n for n in nfe if n % blocks == 0 and n // blocks <= size] or [blocks * n for n in (1, 2, 4, 8, 16) if n <= size]
+    found = [n for n in nfe if n % blocks == 0 and n // blocks <= size] or [blocks * n for n in (1, 2, 4, 8, 16) if n <= size]
+    return sorted({*found, blocks * size}) if max(nfe) >= int(about["block_length"]) - 1 else found
 
 
 def load(name: str, system: System, device: str) -> Any:

@@ -15,6 +15,7 @@ import yaml
 from eval import causal, features, reconstruct, systems
 from eval.__main__ import main, parse
 from eval.config import ReportConfig
+from eval.report import _interval_at
 from tests.eval.world import LENGTH, VOCAB, write_causal, write_heldout, write_student, write_world
 from trainer.config import NoiseConfig, StudentConfig
 from trainer.students import build, save_student
@@ -253,6 +254,18 @@ class Page(HTMLParser):
         self.text += data
 
 
+def test_a_figure_is_read_between_its_points_at_one_entropy() -> None:
+    points = [{"entropy": {"value": e}, "distinct_1": {"value": v, "low": v - 1, "high": v + e}} for e, v in ((3.0, 10.0), (1.0, 2.0), (2.0, 4.0))]
+    assert _interval_at(points, "distinct_1", 2.5) == {"value": 7.0, "low": 6.0, "high": 9.5}
+    assert _interval_at(points, "distinct_1", 0.5) == {"value": 2.0, "low": 1.0, "high": 3.0}, "nothing is extrapolated"
+
+
+def test_one_forward_a_token_of_blocks_is_drawn_where_the_report_goes_as_far(tmp_path: Path) -> None:
+    write_blocks(tmp_path / "blocks")
+    for nfe, found in (([1, 2, 4], [2, 4]), ([1, 2, 4, 7], [2, 4, 8]), ([7], [2, 4, 8])):
+        assert systems.discover(tmp_path, nfe, (VOCAB, LENGTH))[0]["blocks"].nfe == found
+
+
 def test_all_students_of_a_folder_stand_beside_ar_with_mauve_and_wall_time(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,4 +378,5 @@ def test_the_demos_recipe_is_understood() -> None:
     assert command == "report" and isinstance(config, ReportConfig)
     assert config.nfe == [1, 2] and config.systems["mdlm"].temperatures == [1.0] and config.baseline in config.systems
     _, quality = parse(["report", "--config", str(RECIPES / "demo_quality.yaml")])
-    assert quality.students and quality.mauve.featuriser and not quality.systems
+    assert quality.students and quality.mauve.featuriser
+    assert {Path(system.student).parent for system in quality.systems.values()} == {Path(quality.students), Path("runs/demo")}
