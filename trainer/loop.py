@@ -120,7 +120,7 @@ class _Run:
         self.metrics = Metrics(self.output, self.step, config, self.world.rank == 0)
         for line in self.said:
             self.metrics.say(line)
-        with self._signals(), contextlib.closing(self.metrics):
+        with self._signals(), contextlib.closing(self.metrics), self._within_memory():
             self._steps()
             if not self.stopped:
                 self._finish()
@@ -181,15 +181,8 @@ class _Run:
 
     def _backward(self, piece: Batch, chance: Chance, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; returns its loss and figures, without gradient."""
-        try:
-            loss, figures = self.model(piece, chance)
-            (loss * scale).backward()
-        except torch.OutOfMemoryError:
-            smaller = next((size for size in range(self.micro // 2, 0, -1) if self.share % size == 0), 0)
-            way_out = (
-                f"--optim.micro_batch {smaller} keeps the global batch of {self.config.optim.global_batch}" if smaller else "use a smaller student"
-            )
-            raise ValueError(f"out of memory with micro-batches of {self.micro} rows; {way_out}") from None
+        loss, figures = self.model(piece, chance)
+        (loss * scale).backward()
         return loss.detach(), figures
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -245,6 +238,18 @@ class _Run:
         provenance = {"dataset": self.dataset.address, "identity": identity, "root_hash": self.root_hash, "heldout": self.judged}
         save_student(self.output, self.student, weights, self.recipe, provenance)
         self.metrics.say(f"{self.output.name}: saved in {self.output}")
+
+    @contextlib.contextmanager
+    def _within_memory(self) -> Iterator[None]:
+        """Out of memory in a step or in an evaluation, whose batches are micro-batches too, is ValueError with the way out."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            smaller = next((size for size in range(self.micro // 2, 0, -1) if self.share % size == 0), 0)
+            way_out = (
+                f"--optim.micro_batch {smaller} keeps the global batch of {self.config.optim.global_batch}" if smaller else "use a smaller student"
+            )
+            raise ValueError(f"out of memory with micro-batches of {self.micro} rows; {way_out}") from None
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -18,7 +18,6 @@ from torch.distributed import TCPStore
 
 from trainer.__main__ import main
 from trainer.guard import Guard
-from trainer.students.mdlm import MDLM
 
 Prepare = Callable[[int], None]
 """Runs in a process before its training does, with its rank."""
@@ -133,20 +132,21 @@ class Terminated:
 
 @dataclass(frozen=True)
 class RunOutOfMemory:
-    """In the forward pass of one process, after some passes that had enough."""
+    """In one method of one process, after some calls that had enough."""
 
-    passes: int
+    owner: type
+    method: str
+    calls: int
     on: int
 
     def __call__(self, rank: int) -> None:
         if rank != self.on:
             return
-        count, forward = itertools.count(1), MDLM.forward
+        count, enough = itertools.count(1), getattr(self.owner, self.method)
 
-        def short(self: MDLM, *args: object) -> object:
-            if next(count) > passes:
+        def short(*args: object, **more: object) -> object:
+            if next(count) > self.calls:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-            return forward(self, *args)
+            return enough(*args, **more)
 
-        passes = self.passes
-        MDLM.forward = short
+        setattr(self.owner, self.method, short)

@@ -15,6 +15,8 @@ from tests.trainer.processes import RunOutOfMemory
 from tests.trainer.runs import arguments, lines, refuse, steps
 from trainer import checkpoint
 from trainer.__main__ import main
+from trainer.average import Average
+from trainer.batch import Batch
 from trainer.config import OptimConfig
 from trainer.heldout import Heldout
 from trainer.loop import learning_rate
@@ -175,9 +177,15 @@ def bad_loss_on_one(rank: int) -> None:
     spoil(pytest.MonkeyPatch(), 4, 4, lambda value: value * float("nan"))  # the second process has places 4 to 7
 
 
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(Batch, "to"), (MDLM, "forward"), (torch.Tensor, "backward"), (torch.optim.AdamW, "step"), (Average, "update"), (Heldout, "figures")],
+    ids=["to the device", "forward", "backward", "optimizer", "average", "evaluation"],
+)
 @pytest.mark.parametrize("size", [1, 2])
-def test_out_of_memory_suggests_the_micro_batch_that_keeps_the_global_batch(data, tmp_path, size):
-    ended = processes.run(arguments(tmp_path / "run", data, optim__global_batch=12), tmp_path, size, RunOutOfMemory(passes=3, on=size - 1))
+def test_out_of_memory_suggests_the_micro_batch_that_keeps_the_global_batch(data, tmp_path, size, owner, method):
+    command = arguments(tmp_path / "run", data, optim__global_batch=12, data__heldout=data, eval_every=1)
+    ended = processes.run(command, tmp_path, size, RunOutOfMemory(owner, method, calls=1, on=size - 1))
     assert all(process.status == 1 and "Traceback" not in process.said for process in ended), ended
     rows, smaller = 12 // size, 6 // size
     message = f"out of memory with micro-batches of {rows} rows; --optim.micro_batch {smaller} keeps the global batch of 12"
