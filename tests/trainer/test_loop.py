@@ -3,17 +3,20 @@
 import errno
 import json
 import os
+import shutil
 import sys
 import types
 
 import pytest
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.trainer import processes
 from tests.trainer.chain import write_chain
 from tests.trainer.processes import RunOutOfMemory
 from tests.trainer.runs import arguments, lines, refuse, steps
-from trainer import checkpoint
+from trainer import checkpoint, loop
 from trainer.__main__ import main
 from trainer.average import Average
 from trainer.batch import Batch
@@ -33,6 +36,27 @@ def test_two_processes_and_accumulation_train_on_the_same_global_batches(data, u
     for a, b in zip(steps(output / "1"), steps(output / "2"), strict=True):
         assert a["train/nelbo"] == pytest.approx(b["train/nelbo"], rel=1e-4)
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-3)
+
+
+def count_reductions(_: int) -> None:
+    """Each time that gradients are summed over the processes, the process says so."""
+
+    def counted(student: torch.nn.Module) -> torch.nn.Module:
+        model = DistributedDataParallel(student)
+        model.register_comm_hook(None, said)
+        return model
+
+    def said(_, bucket):
+        if bucket.is_last():
+            print("gradients reduced", file=sys.stderr)
+        return allreduce_hook(None, bucket)
+
+    loop.DistributedDataParallel = counted
+
+
+def test_accumulation_sums_gradients_over_the_processes_once_a_step(data, tmp_path):
+    ended = processes.run(arguments(tmp_path / "run", data, optim__steps=3, optim__micro_batch=1), tmp_path, 2, count_reductions)
+    assert [(process.status, process.said.count("gradients reduced")) for process in ended] == [(0, 3), (0, 3)], ended
 
 
 def test_the_probe_gives_even_a_single_row_the_noise_of_another(data, tmp_path):
@@ -227,6 +251,23 @@ def test_a_full_disk_ends_with_one_clear_line_and_the_last_checkpoint_stands(dat
     assert finished and all((output / "checkpoints" / name / "state.json").exists() for name in finished)
     assert main(arguments(output, data, optim__ema=0.0)) == 0
     assert "resumed at step" in capsys.readouterr().err
+
+
+def test_tensorboard_has_the_figures_of_metrics_jsonl_once_each_after_a_resume_too(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = tmp_path / "run"
+    command = arguments(output, data, optim__steps=3, data__heldout=data, eval_every=2, tensorboard="true")
+    assert main(command) == 0
+    (output / "student.json").unlink()
+    shutil.rmtree(output / "checkpoints" / "000003")  # what came after step 2 is trained again
+    assert main(command) == 0
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    found = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    assert sum(len(events.Scalars(tag)) for tag in events.Tags()["scalars"]) == len(found)
+    written = {(tag, line["step"]): value for line in lines(output) for tag, value in line.items() if tag != "step"}
+    assert ("train/nelbo", 3) in written and ("heldout/nelbo", 2) in written
+    assert found == pytest.approx(written, rel=1e-6)  # float32 there
 
 
 def test_weights_and_biases_gets_the_figures_and_a_resumed_run_goes_on_in_the_same_place(data, tmp_path, monkeypatch):

@@ -67,6 +67,18 @@ def test_a_signal_between_checkpoints_costs_no_bit_either(data, undisturbed, tmp
     assert weights_equal(output, undisturbed) and steps(output) == steps(undisturbed)
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_in_another_number_of_processes_with_the_same_global_batches(data, tmp_path, before, after):
+    """Without dropout, which differs by process, and across the end of an epoch."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert main(arguments(whole, data, student__dropout=0.0)) == 0
+    command = arguments(moved, data, student__dropout=0.0)
+    assert [process.status for process in processes.run(command, tmp_path, before, Terminated(step=5, on=0))] == [130] * before
+    assert [process.status for process in processes.run(command, tmp_path, after)] == [0] * after
+    for line, expected in zip(steps(moved), steps(whole), strict=True):
+        assert line == pytest.approx(expected, rel=5e-6)
+
+
 def test_a_signal_during_a_checkpoint_stops_the_run_and_is_not_lost(data, tmp_path, capsys, monkeypatch):
     save = checkpoint.save
 
