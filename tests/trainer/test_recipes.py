@@ -30,6 +30,8 @@ RECIPES = [path for path in FILES if "student" in yaml.safe_load(path.read_text(
 PAPER = [path for path in RECIPES if path.parent.name == "paper"]
 VOCABULARY = 50_257
 INPUT = {"student.noise.kind", "student.noise.input"}
+PARTS = INPUT | {f"student.noise.{name}" for name in ("projection", "prior", "readout", "drafts")}
+RESTART = {"student.noise.draft_restart"}
 BLOCKS = {"student.kind", "student.block_size", "student.clip_search"}
 TWINS = [
     *((corpus, "mdlm", row, changed) for corpus in ("lm1b", "owt") for row, changed in (
@@ -47,12 +49,17 @@ TWINS = [
     ("lm1b", "mdlm", "token_kd", {"student.objective.nelbo", "student.objective.token_kd"}),
 ]  # fmt: skip
 DEMO_TWINS = [
-    ("mdlm", "mdlm_gumbel", {f"student.noise.{name}" for name in ("kind", "input", "projection", "prior", "readout", "drafts", "draft_restart")}),
+    ("mdlm", "mdlm_gumbel", PARTS | RESTART),
     ("mdlm_gumbel", "mdlm_independent", {"student.noise.kind"}),
-    ("bd3lm", "bd3lm_gumbel", {f"student.noise.{name}" for name in ("kind", "input", "projection", "prior", "readout", "drafts", "draft_restart")}),
+    ("bd3lm", "bd3lm_gumbel", PARTS | RESTART),
     ("mdlm", "token_kd", {"student.objective.nelbo", "student.objective.token_kd"}),
     ("mdlm", "sequence_kd", {"data.path", "data.heldout"}),
     ("mdlm", "ar", {"student.kind", "student.shift", "student.init_from"}),
+    ("medusa", "medusa_gumbel", PARTS),
+    ("mtp", "mtp_gumbel", PARTS | RESTART),
+]
+MEDUSA_TWINS = [
+    ("_none", "", PARTS | {"student.noise.stream"}),
 ]
 
 
@@ -136,6 +143,12 @@ def test_paper_twins_differ_in_one_thing(corpus: str, row: str, twin: str, what:
 @pytest.mark.parametrize(("row", "twin", "what"), DEMO_TWINS, ids=lambda part: part if isinstance(part, str) else "")
 def test_demo_twins_differ_in_one_thing(row: str, twin: str, what: set[str]) -> None:
     assert changed(read(f"recipes/demo_{row}.yaml"), read(f"recipes/demo_{twin}.yaml")) == what
+
+
+@pytest.mark.parametrize("backbone", ["gpt2", "vicuna_7b"])
+@pytest.mark.parametrize(("row", "twin", "what"), MEDUSA_TWINS, ids=lambda part: part if isinstance(part, str) else "")
+def test_medusa_twins_differ_in_one_thing(backbone: str, row: str, twin: str, what: set[str]) -> None:
+    assert changed(read(f"recipes/medusa_{backbone}{row}.yaml"), read(f"recipes/medusa_{backbone}{twin}.yaml")) == what
 
 
 def test_no_two_recipes_write_to_the_same_folder() -> None:
