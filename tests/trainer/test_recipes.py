@@ -28,6 +28,7 @@ from trainer.students import build
 FILES = sorted(Path("recipes").rglob("*.yaml"))
 RECIPES = [path for path in FILES if "student" in yaml.safe_load(path.read_text()) and "judge" not in yaml.safe_load(path.read_text())]
 PAPER = [path for path in RECIPES if path.parent.name == "paper"]
+MEDUSA = [path for path in RECIPES if path.stem.startswith("medusa_")]
 VOCABULARY = 50_257
 INPUT = {"student.noise.kind", "student.noise.input"}
 PARTS = INPUT | {f"student.noise.{name}" for name in ("projection", "prior", "readout", "drafts")}
@@ -59,6 +60,7 @@ DEMO_TWINS = [
     ("mtp", "mtp_gumbel", PARTS | RESTART),
 ]
 MEDUSA_TWINS = [
+    ("_none", "_input", INPUT),
     ("_none", "", PARTS | {"student.noise.stream"}),
 ]
 
@@ -156,7 +158,7 @@ def test_no_two_recipes_write_to_the_same_folder() -> None:
     assert [str(folder) for folder, recipes in of.items() if recipes > 1] == []
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*PAPER, *MEDUSA], ids=lambda path: path.stem)
 def test_the_commands_in_a_paper_recipes_head_parse(path: Path) -> None:
     head = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
     own = next(line for line in head if "-m trainer" in line)

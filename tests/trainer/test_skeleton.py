@@ -93,9 +93,10 @@ def test_heads_are_trained_at_the_rate_of_autocast_and_the_backbone_read_at_that
         assert text in out, out
 
 
-def test_the_twin_without_noise_costs_less_by_all_that_noise_needs() -> None:
+@pytest.mark.parametrize("noise", ["", "_input"])
+def test_the_twin_without_noise_costs_less_by_all_that_noise_needs(noise: str) -> None:
     for family, length in (("gpt2", 1024), ("vicuna_7b", 512)):
-        one, twin = (estimate(read(Path(f"recipes/medusa_{family}{end}.yaml")), *shape(family, length), Where()) for end in ("", "_none"))
+        one, twin = (estimate(read(Path(f"recipes/medusa_{family}{end}.yaml")), *shape(family, length), Where()) for end in (noise, "_none"))
         assert one.of_noise == one.parameters - twin.parameters > 0 == twin.of_noise
         assert one.frozen_flops == twin.frozen_flops and one.step_flops > twin.step_flops and one.total_memory > twin.total_memory
         assert one.memory["frozen backbone"] == twin.memory["frozen backbone"] and one.fits
