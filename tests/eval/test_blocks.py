@@ -19,37 +19,13 @@ from eval.sample_set import sample_set
 from eval.sampler import blank_rows, resolve_output, sampling_noise
 from eval.stream import OUTPUT_DRAW, step_seed, stream_uniform
 from noise import philox
-from tests.eval.known import TableStudent, fits
+from tests.eval.known import BlockTable, TableStudent, fits
 from tests.eval.world import write_tokenizer
 from trainer.conditioning import KnownNoise
 from trainer.config import NoiseConfig, StudentConfig
 from trainer.students import build, save_student
 
 V = 11
-
-
-class BlockTable(TableStudent):
-    """The known joint, asked for one block at a time; it must always be asked with everything before the block filled in."""
-
-    def __init__(self, block_size: int, vocab_size: int = 3, unknown: int = 4, **more: Any):
-        super().__init__(vocab_size, unknown, **more)
-        self.block_size, self.block_length = block_size, unknown + 1
-
-    def empty_cache(self) -> Any:
-        return self
-
-    def keep_rows(self, row_R: torch.Tensor) -> None:
-        """Nothing is kept."""
-
-    def logits(self, ids_BT: torch.Tensor, g_NV: torch.Tensor | None, length_B: Any = None, cache: Any = None) -> torch.Tensor:
-        start = (ids_BT.shape[1] - 1) // self.block_size * self.block_size
-        assert not (ids_BT[:, :start] == self.mask_id).any() and (ids_BT == self.mask_id).any()
-        later = torch.full((len(ids_BT), self.unknown + 1 - ids_BT.shape[1]), self.mask_id)
-        self.asked.append(ids_BT.clone())
-        self.given.append(g_NV)
-        p_BMV = self.conditionals(torch.cat((ids_BT, later), 1)[:, 1:])
-        logits_NV = p_BMV[:, : ids_BT.shape[1] - 1][ids_BT[:, 1:] == self.mask_id].log().float()
-        return logits_NV if g_NV is None or not self.noise.readout else logits_NV + g_NV
 
 
 def by_blocks(student: BlockTable) -> torch.Tensor:
