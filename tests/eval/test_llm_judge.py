@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from eval import chat, judgements, tables
 from eval.__main__ import main
@@ -36,13 +37,17 @@ def shown(prompt: str) -> list[str]:
     return re.findall(r"<<<\n(.*?)\n>>>", prompt)
 
 
-def honest(prompt: str) -> Reply:
+def opinion(prompt: str) -> str:
     """Prefers what is good, finds grammar equal, and grades good texts twice as high."""
     texts = shown(prompt)
     if len(texts) == 1:
-        return says({"clarity": 8 if "good" in texts[0] else 4, "factuality": 5, "grammar": 6})
+        return json.dumps({"clarity": 8 if "good" in texts[0] else 4, "factuality": 5, "grammar": 6})
     better = "A" if "good" in texts[0] else "B"
-    return says(f"Let me think {{not json}}.\n```json\n{json.dumps({'clarity': better, 'factuality': better, 'grammar': 'Tie'})}\n```")
+    return f"Let me think {{not json}}.\n```json\n{json.dumps({'clarity': better, 'factuality': better, 'grammar': 'Tie'})}\n```"
+
+
+def honest(prompt: str) -> Reply:
+    return says(opinion(prompt))
 
 
 class Server:
@@ -264,6 +269,46 @@ def test_intervals_draw_texts_and_hold_the_truth() -> None:
 def test_what_a_text_holds_is_never_a_place_of_the_prompt() -> None:
     prompt = Prompt("p", "{first} and {second}: {criteria}", ("grammar",))
     assert prompt.filled(first="{second}", second="{criteria} {first}") == "{second} and {criteria} {first}: grammar"
+
+
+def write_chat_model(folder: Path) -> Any:
+    """A tiny causal LM of bytes with a chat template; returns its tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytes_alone = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    bytes_alone.pre_tokenizer, bytes_alone.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bytes_alone.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[judge]{% endif %}"
+    write_causal(folder, seed=1, vocab_size=len(letters), context=4096)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_a_local_model_is_asked_through_its_chat_template_and_its_verdicts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = write_chat_model(tmp_path / "local")
+    asked: list[str] = []
+
+    def generate(model: Any, given_1L: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
+        asked.append(tokenizer.decode(given_1L[0]))
+        answer = [*tokenizer.encode(opinion(asked[-1]), add_special_tokens=False), tokenizer.eos_token_id]
+        assert len(answer) <= max_new_tokens
+        return torch.cat([given_1L, torch.tensor([answer])], 1)
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", generate)
+    for name, texts in (("plain", A[:3]), ("good", B[:3])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(texts))
+    sets = [str(tmp_path / "plain.txt"), str(tmp_path / "good.txt")]
+    arguments = ["judge", "--samples", *sets, "--output", str(tmp_path / "out"), "--model", str(tmp_path / "local"), "--device", "cpu"]
+    assert main(arguments) == 0
+    assert len(asked) == 12 and all(re.fullmatch(r"<s>\[user\](?!.*<s>).*\[judge\]", question, re.DOTALL) for question in asked)
+    pairwise, graded = figures(tmp_path)["pairwise"]["good"], figures(tmp_path)["graded"]
+    assert pairwise["unreadable"] == 0 and pairwise["clarity"]["wins"] == pairwise["grammar"]["ties"] == 6
+    assert {name: found["clarity"]["grade"]["value"] for name, found in graded.items()} == {"plain": 4, "good": 8}
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert sorted(answer["value"]["text"] for answer in answers) == sorted(map(opinion, asked))
 
 
 def test_arrow_sets_are_decoded_and_a_local_model_judges_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
