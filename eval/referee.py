@@ -7,7 +7,8 @@
 
 A student that was not told the noise guesses with it all the same under SharedNoise, argmax(log q + g): equal distributions then
 choose equal tokens (a universal coupling). p and q are what temperature, top_k and nucleus leave of the models' distributions.
-Everything random belongs to a position, not to a call, so a seed names the text at any block, batch size and drafter.
+Everything random belongs to a position, not to a call, so a seed names the text at any batch size; under SharedNoise at any block and with any
+drafter too. Under Rejection those two decide which drafts are judged, and so which text it is: its distribution is the same, the text is not.
 Shapes: B rows, R positions that are held, N positions, V vocabulary.
 """
 

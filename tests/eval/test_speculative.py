@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from eval.causal import CausalLM, FromLogits
 from eval.decoding import Decoding, restricted_log_probs
 from eval.drafters import CausalDrafter, drafter_of
-from eval.referee import Held, Rejection, SharedNoise, prior
+from eval.referee import Held, Rejection, Rule, SharedNoise, prior
 from eval.speculative import Drafter, Nobody, Rows, Written, speculate
 from eval.stream import NOISE_DRAW
 from noise import philox
@@ -119,6 +120,11 @@ def shared(decoding: Decoding, sequence_id_B: torch.Tensor, span: int) -> Shared
     return SharedNoise(lambda logits_NV: restricted_log_probs(logits_NV, decoding), held, decoding.temperature)
 
 
+def rejecting(decoding: Decoding, sequence_id_B: torch.Tensor, span: int) -> Rejection:
+    held = Held(prior(SEED, sequence_id_B, V), len(sequence_id_B), span, V, torch.device("cpu"))
+    return Rejection(lambda logits_NV: restricted_log_probs(logits_NV, decoding), held, SEED, sequence_id_B, span, V)
+
+
 def drafted(
     teacher: CausalLM,
     drafter: Drafter,
@@ -126,27 +132,44 @@ def drafted(
     rows: slice = slice(None),
     block: int = BLOCK,
     given: KnownNoise | None = None,
+    rule_of: Callable[[Decoding, torch.Tensor, int], Rule] = shared,
 ) -> Written:
-    rule = shared(decoding, torch.arange(ROWS)[rows], block + 1 + drafter.span)
+    rule = rule_of(decoding, torch.arange(ROWS)[rows], block + 1 + drafter.span)
     return speculate(teacher, drafter, rule, GIVEN_BP[rows], GIVEN_B[rows], LIMIT_B[rows], block, given)
 
 
-@pytest.mark.parametrize(
+def alike_alone_and_together(teacher: CausalLM, drafter: Drafter, decoding: Decoding, rule_of: Any) -> Written:
+    """All rows in one batch; two of them were written alone as well, with the same drafts and the same verdicts."""
+    together = drafted(teacher, drafter, decoding, rule_of=rule_of)
+    for row in (0, 3):
+        alone = drafted(teacher, drafter, decoding, rows=slice(row, row + 1), rule_of=rule_of)
+        assert torch.equal(alone.ids_BL[0], together.ids_BL[row, : alone.ids_BL.shape[1]])
+        assert alone.calls_B[0] == together.calls_B[row] and torch.equal(alone.offered_BK[0], together.offered_BK[row])
+        assert torch.equal(alone.head_BL[0], together.head_BL[row, : alone.head_BL.shape[1]])
+    return together
+
+
+everyone = pytest.mark.parametrize(
     ("name", "noise"),
     [(name, noise) for name in NAMES for noise in (NONE, EVERYTHING)]
     + [(name, KNOWN) for name in NAMES if name.startswith(("mdlm", "bd3lm", "mtp"))],
     ids=lambda value: value if isinstance(value, str) else "known" if value.known else value.kind,
 )
+
+
+@everyone
 def test_the_text_is_what_the_teacher_writes_token_by_token_whoever_drafts(folder: Path, name: str, noise: NoiseConfig) -> None:
     teacher = CausalLM(str(folder / "teacher"), dtype="float64")
     drafter, decoding = make(folder, name, teacher, noise), Decoding(1, temperature=0.8, top_k=9)
-    together = drafted(teacher, drafter, decoding)
-    assert torch.equal(together.ids_BL, sequential(teacher, decoding))
-    for row in (0, 3):
-        alone = drafted(teacher, drafter, decoding, rows=slice(row, row + 1))
-        assert torch.equal(alone.ids_BL[0], together.ids_BL[row, : alone.ids_BL.shape[1]])
-        assert alone.calls_B[0] == together.calls_B[row] and torch.equal(alone.offered_BK[0], together.offered_BK[row])
-        assert torch.equal(alone.head_BL[0], together.head_BL[row, : alone.head_BL.shape[1]])
+    assert torch.equal(alike_alone_and_together(teacher, drafter, decoding, shared).ids_BL, sequential(teacher, decoding))
+
+
+@everyone
+def test_the_rejection_rule_writes_a_row_alone_as_it_does_in_a_batch(folder: Path, name: str, noise: NoiseConfig) -> None:
+    """At one block size and drafter, which decide what is refused, and so which text it is."""
+    teacher = CausalLM(str(folder / "teacher"), dtype="float64")
+    found = alike_alone_and_together(teacher, make(folder, name, teacher, noise), Decoding(1, temperature=2.0), rejecting)
+    assert name == "nobody" or 0 < int(found.stands_BL.sum()) < int((found.head_BL > 0).sum())
 
 
 def told(student: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, Any]]:
