@@ -104,7 +104,8 @@ class ReportConfig:
     students: str = ""
     """Folder of students: those that are not among the systems are added, with the traces that suit them. Empty: the systems alone."""
     baseline: str = ""
-    """The system that all others are compared with; empty: the first masked student without noise, or else the first."""
+    """The system that all others are compared with; empty: the first masked student without noise, or else the first. One that takes its own number
+    of forwards (first_hitting, adaptive, medusa) is compared with such a one: the baseline, or the baseline's student under the same sampler."""
     teacher: str = ""
     """Causal LM that made the noise: its own samples are a reference line. Empty: left out."""
     control: str = ""

@@ -8,7 +8,7 @@
     systems          name -> {student, kind, noise, free, nfe -> {points: [figures + decoding + forwards], matched, seconds}}
                      matched: {perplexity, entropy, position, clamped, mauve, distinct_1..3}: the frontier read at the entropy of real text
                      seconds: wall time of a sequence in a batch, {value: median, low, high: extremes of the repetitions}
-    comparisons      [{nfe, system, against, ratio, matched, below_one, sentence}]: perplexity of system / against, both matched
+    comparisons      [{nfe, system, against, against_nfe, ratio, matched, below_one, sentence}]: perplexity of system / against, both matched
     reconstruction   name -> nfe -> share of held-out tokens that come back; null where the data has no noise
     reconstruction_by_position   name -> nfe -> [{first, last, share}], beside it
     shown            [{sequence_id, real, teacher, systems: {name: text}}], with shown_nfe
@@ -29,7 +29,7 @@ import numpy as np
 
 from eval import mauve
 from eval.cautions import cautions
-from eval.config import ReportConfig
+from eval.config import ReportConfig, System
 from eval.frontier import Frontier, Matched, match, ratio
 from eval.metrics import Array, Interval, Scored, agreement, bootstrap_weights, distinct, log_perplexity, mean, pooled_entropy, sequence_entropy
 from eval.reconstruct import by_position, shares
@@ -147,22 +147,23 @@ class _Builder:
         return found
 
     def _comparisons(self) -> list[dict[str, Any]]:
-        """Each system with the baseline and the control at the same number of forwards, and all with those of one forward a token."""
+        """Each system with the baseline and the control, at the same number of forwards or, of free systems, each at its own; and all with those of
+        one forward a token."""
         config, systems = self.config, self.config.systems
-        free = {name: is_free(systems[name], self.study.students[name]) for name in systems}
+        causal = [name for name in systems if self.study.students[name].config.kind == "ar"]
+        free = {name for name in systems if is_free(systems[name], self.study.students[name])}
         pairs = [(name, config.baseline) for name in systems if name != config.baseline]
         pairs += [(name, config.control) for name in systems if config.control and name not in (config.baseline, config.control)]
         found = [
             compare(int(nfe), ours, theirs, self.matched[ours, nfe][0], self.matched[theirs, nfe][0])
-            for ours, theirs in pairs if not free[ours] and not free[theirs] for nfe in self.points[ours] if nfe in self.points[theirs]
+            for ours, theirs in pairs if not free & {ours, theirs} for nfe in self.points[ours] if nfe in self.points[theirs]
         ]  # fmt: skip
-        for theirs in (name for name in systems if self.study.students[name].config.kind == "ar"):
-            (own,) = self.points[theirs]
-            found += [
-                compare(int(nfe), ours, theirs, self.matched[ours, nfe][0], self.matched[theirs, own][0], int(own))
-                for ours in systems if self.study.students[ours].config.kind != "ar" for nfe in self.points[ours]
-            ]  # fmt: skip
-        return found
+        own = free_pairs(systems, [name for name in systems if name in free and name not in causal], pairs)
+        return found + [
+            compare(int(nfe), ours, theirs, self.matched[ours, nfe][0], self.matched[theirs, at][0], int(at))
+            for ours, theirs in [*own, *((ours, theirs) for theirs in causal for ours in systems if ours not in causal)]
+            for nfe in self.points[ours] for at in self.points[theirs]
+        ]  # fmt: skip
 
     def _reconstruction(self) -> dict[str, dict[str, dict[str, Any]]]:
         config, study = self.config, self.study
@@ -208,6 +209,18 @@ def _interval_at(points: list[dict[str, Any]], figure: str, entropy: float) -> d
     entropy_P3 = np.array([[point["entropy"]["value"]] * 3 for point in points])
     ends_P3 = np.array([[point[figure][end] for end in ("value", "low", "high")] for point in points])
     return asdict(Interval(*match(Frontier(entropy_P3, ends_P3), np.full(3, entropy)).value_R.tolist()))
+
+
+def free_pairs(systems: dict[str, System], free: list[str], pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Which free systems are compared: those of `pairs` (ours, reference), and ours with what its sampler writes of the reference's student."""
+    found: dict[tuple[str, str], None] = {}
+    for ours, reference in pairs:
+        for theirs in free if ours in free else []:
+            one, other = systems[ours], systems[theirs]
+            stands_in = one.sampler == other.sampler and other.student == systems[reference].student != one.student
+            if (theirs == reference or stands_in) and (theirs, ours) not in found:
+                found[ours, theirs] = None
+    return list(found)
 
 
 def figures(scored: Scored, weights_RS: Array, ends: set[int]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import yaml
 
 from eval import causal, features, reconstruct, systems
 from eval.__main__ import main, parse
-from eval.config import ReportConfig
-from eval.report import _interval_at
+from eval.config import ReportConfig, System
+from eval.report import _interval_at, free_pairs
 from tests.eval.world import LENGTH, VOCAB, write_causal, write_heldout, write_student, write_world
 from trainer.config import NoiseConfig, StudentConfig
 from trainer.students import build, save_student
@@ -366,6 +366,38 @@ def test_settings_of_a_system_reach_its_samples(world: Path, tmp_path: Path) -> 
     assert found["steps"][0]["forwards"]["least"] < 3  # steps in which nothing is revealed cost nothing
     page = (tmp_path / "out" / "report.md").read_text()
     assert "temperature 1, nucleus 0.9" in page and "fresh noise" in page and f"({made['mean']:.4g} made)" in page
+
+
+def test_free_systems_of_one_sampler_are_compared_each_at_its_own_nfe(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, gumbel, independent = ({"student": str(world / name)} for name in ("plain", "gumbel", "independent"))
+    hits, few = {"sampler": "first_hitting"}, {"sampler": "adaptive", "auxiliary": str(world / "judge"), "student_weight": 0.9}
+    named = {
+        "plain": plain, "hits": {**plain, **hits}, "few": {**plain, **few}, "noisy-hits": {**gumbel, **hits},
+        "noisy-few": {**gumbel, **few, "student_weight": 0.1}, "blind": independent, "blind-few": {**independent, **few},
+    }  # fmt: skip
+    path = recipe(world, tmp_path / "out", systems=named, control="blind", nfe=[3], teacher="", sequences=24, shown=0, reconstruction_rows=0)
+    assert run(path) == 0
+    report, out = json.loads((tmp_path / "out" / "report.json").read_text()), capsys.readouterr().out
+    lines = {(line["system"], line["against"]): line for line in report["comparisons"]}
+    free = [("noisy-hits", "hits"), ("noisy-few", "few"), ("blind-few", "few"), ("noisy-few", "blind-few")]
+    assert list(lines) == [("blind", "plain"), *free] and len(report["comparisons"]) == 5
+    page, own = (tmp_path / "out" / "report.md").read_text(), {name: int(next(iter(system["nfe"]))) for name, system in report["systems"].items()}
+    for ours, theirs in free:
+        line = lines[ours, theirs]
+        ratio = [report["systems"][name]["nfe"][str(own[name])]["matched"]["perplexity"]["value"] for name in (ours, theirs)]
+        assert (line["nfe"], line["against_nfe"]) == (own[ours], own[theirs]) and line["ratio"]["value"] == pytest.approx(ratio[0] / ratio[1])
+        assert f"NFE {own[ours]}: perplexity of {ours} / {theirs} at its NFE {own[theirs]}" in line["sentence"] in page and line["sentence"] in out
+    assert own["noisy-few"] > own["few"]
+
+
+def test_a_free_baseline_is_compared_with_every_free_system_once() -> None:
+    systems = {name: System(student, sampler=sampler, auxiliary="lm" * (sampler == "adaptive")) for name, student, sampler in [
+        ("hits", "a", "first_hitting"), ("few", "a", "adaptive"), ("noisy", "b", "adaptive"), ("other", "c", "first_hitting"),
+    ]}  # fmt: skip
+    pairs = [("few", "hits"), ("noisy", "hits"), ("other", "hits"), ("few", "noisy"), ("other", "noisy")]
+    assert free_pairs(systems, list(systems), pairs) == [
+        ("few", "hits"), ("noisy", "hits"), ("noisy", "few"), ("other", "hits"), ("other", "noisy"),
+    ]  # fmt: skip
 
 
 def test_an_unknown_key_ends_with_status_2(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
