@@ -49,7 +49,7 @@ demo-data: $(STAMP)
 ground-truth: $(STAMP)
 	$(BIN)/python -m eval truth --config recipes/demo_truth.yaml
 
-# Every part of every student, over seeds; by its parts two hours on 2 cores. Writes ablation.md in $(RUN)/ablation.
+# Every part of every student, over seeds; by its parts two and a half hours on 2 cores. Writes ablation.md in $(RUN)/ablation.
 ablation: demo-data
 	$(BIN)/python -m pipeline generate --config recipes/demo_generate.yaml --generate.rows 40960
 	$(BIN)/python -m trainer --config recipes/demo_mdlm.yaml
