@@ -99,9 +99,9 @@ def random_batch(config: Config, device: torch.device) -> Batch:
         logits_nV = 3 * torch.randn(len(token_n), V, generator=random)
         parts.append(encode(logits_nV, token_n, rows_n5, codec, logits_nV.logsumexp(1)))
     sketch = Sketch(*(torch.cat(tensors) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
-    row_B = torch.arange(B)
+    row_B, nought_B = torch.arange(B), torch.zeros(B, dtype=torch.int64)
     batch = Batch(
-        ids_BL, torch.full((B,), L), row_B, torch.full((B,), 7), torch.zeros(B, dtype=torch.int64), row_B, sketch, "parallel", codec, False
+        ids_BL, torch.full((B,), L), row_B, torch.full((B,), 7), nought_B, nought_B, row_B, sketch, "parallel", codec, False
     )  # fmt: skip
     return batch.to(device)
 

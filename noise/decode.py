@@ -9,7 +9,7 @@ Shapes: N positions, V vocabulary, C a chunk of it, K entries that are not the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ class Noise:
     def posterior(cls, sketch: Sketch, token_N: Tensor, rows_N5: Tensor, codec: Codec) -> Noise:
         """What `decode` returns, not made yet."""
         return cls(rows_N5, codec.vocab_size, *corrections(sketch, token_N, rows_N5, codec))
+
+    def prior_where(self, prior_N: Tensor) -> Noise:
+        """The same, but the prior's at positions bool [N]."""
+        moved_K = ~prior_N[self.owner_K]
+        return replace(self, owner_K=self.owner_K[moved_K], index_K=self.index_K[moved_K], value_K=self.value_K[moved_K])
 
     def __len__(self) -> int:
         return len(self.rows_N5)

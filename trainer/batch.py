@@ -18,7 +18,7 @@ from noise.decode import Noise
 from noise.sketch import Codec, Sketch, select
 from noise.storage import DatasetError
 
-_ROW_TENSORS = ("input_ids_BL", "length_B", "sequence_id_B", "seed_B", "draw_B", "place_B")
+_ROW_TENSORS = ("input_ids_BL", "length_B", "sequence_id_B", "seed_B", "draw_B", "written_B", "place_B")
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,16 @@ class Batch:
     """int64 bit patterns: the seed of each row's shard"""
     draw_B: Tensor
     """int64: which draw of noise to use"""
+    written_B: Tensor
+    """int64: 1 where a teacher wrote the row from its noise (extraction: sequential), else 0"""
     place_B: Tensor
     """int64: where in the global batch each row stands"""
     sketch: Sketch
     """of all N positions"""
     extraction: str
+    """The dataset's; of a mixture: mixed where `written_B` is not one for all, none where some rows have no noise"""
     codec: Codec
+    """of the rows that were extracted"""
     padded: bool
     """whether any row is shorter than the block"""
 
@@ -55,7 +59,9 @@ class Batch:
         """bool: the positions that count, 1..length-1; of text that a teacher wrote, those that it wrote: prompts are given, as BOS is."""
         position_L = torch.arange(self.input_ids_BL.shape[1], device=self.length_B.device)
         valid_BL = (position_L > 0) & (position_L < self.length_B[:, None])
-        return valid_BL & (self.sketch.log_prob_N.view_as(valid_BL) < 0) if self.extraction == "sequential" else valid_BL
+        if self.extraction == "parallel":
+            return valid_BL
+        return valid_BL & ((self.sketch.log_prob_N.view_as(valid_BL) < 0) | (self.written_B == 0)[:, None])
 
     def tokens(self) -> int:
         """How many positions count."""
@@ -81,7 +87,7 @@ class Batch:
         return self.lazy_noise_at(where_N).dense()
 
     def lazy_noise_at(self, where_N: Tensor) -> Noise:
-        """Noise at flat positions b * L + t, int64 [N]: the posterior's, or the prior draw that wrote a sequential dataset's text.
+        """Noise at flat positions b * L + t, int64 [N]: the posterior's, or the prior draw that the teacher wrote the row from.
 
         Raises DatasetError where there is none.
         """
@@ -91,7 +97,8 @@ class Batch:
         rows_N5 = philox.rows(self.seed_B[row_N], self.sequence_id_B[row_N], position_N, self.draw_B[row_N])
         if self.extraction == "sequential":
             return Noise.prior(rows_N5, self.codec.vocab_size)
-        return Noise.posterior(select(self.sketch, where_N), self.input_ids_BL.flatten()[where_N], rows_N5, self.codec)
+        noise = Noise.posterior(select(self.sketch, where_N), self.input_ids_BL.flatten()[where_N], rows_N5, self.codec)
+        return noise.prior_where(self.written_B[row_N] == 1) if self.extraction == "mixed" else noise
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ class ObjectiveConfig:
     nelbo: float = 1.0
     """The student's own loss: cross-entropy to the text's tokens, weighted as its paper weighs it."""
     token_kd: float = 0.0
-    """Cross-entropy to the teacher's distribution, estimated without bias from the kept entries (token-level distillation)."""
+    """Cross-entropy to the teacher's distribution, estimated without bias from the kept entries (token-level distillation). Of text that the
+    teacher wrote nothing is kept: refused alone; mixed with extracted text (data.mix) it is 0 on the written rows, in loss and figure."""
 
 
 @dataclass
@@ -157,9 +158,11 @@ class DataConfig:
     path: str = ""
     """Folder or URI (s3://, gs://) of a finished noise dataset."""
     mix: list[MixPart] = field(default_factory=list)
-    """Several datasets instead, mixed by weight: [{path: A, weight: 3}, {path: B, weight: 1}]."""
+    """Several datasets instead, mixed by weight: [{path: A, weight: 3}, {path: B, weight: 1}]. The weight of a dataset that the teacher wrote
+    (`python -m pipeline generate`), beside extracted text, is that of sequence-level distillation. A student of the text alone (noise.kind none
+    or independent, token_kd 0) takes any text of one tokenizer; one that reads the noise, or kept entries, takes those of one teacher."""
     heldout: str = ""
-    """Folder or URI of a held-out dataset for the printed evaluation; empty: none."""
+    """Folder or URI of a held-out dataset, extracted or written by the teacher, for the printed evaluation; empty: none."""
     root_hash: str = ""
     """The root hash that the training dataset must have, as `inspect` prints it; empty: any."""
     check_hashes: bool = True

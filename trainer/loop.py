@@ -75,7 +75,7 @@ class _Run:
         self.recipe, self.root_hash = recipe_of(config), dataset.manifest.root_hash
         folder, self.said = self._checkpoint_to_continue()
         self.student, started_from = setup.new_student(config, dataset, start=folder is None)
-        held = setup.open_heldout(config.data, dataset)
+        held = setup.open_heldout(config, dataset)
         self.heldout = heldout.Heldout(held, config.eval_rows, config.seed, world, self.micro) if held is not None else None
         self.best_by = heldout.figure(self.student, self.heldout) if config.keep_best else ""
         self.student.to(world.device)

@@ -6,7 +6,8 @@
 Of the teacher a dataset has the kept entries, a sample with known inclusion probabilities: `noise.estimate` turns them into
 token_kd's value and gradient, without bias over the noise, in one pass over the logits and with no teacher in memory.
 Which entries are kept follows from the noise at the position, so a student that sees that noise would be biased: refused.
-Sequence-level distillation needs no code: text that the teacher wrote (`pipeline generate`), learnt with noise.kind none.
+Sequence-level distillation needs no code: text that the teacher wrote (`pipeline generate`), learnt with noise.kind none. Its weight
+beside the others is its dataset's in data.mix.
 Shapes: N positions, V vocabulary.
 """
 
@@ -37,19 +38,21 @@ def check(objective: ObjectiveConfig, noise: NoiseConfig) -> None:
         )
 
 
-def check_dataset(objective: ObjectiveConfig, extraction: str) -> None:
+def check_dataset(objective: ObjectiveConfig, extraction: str, name: str = "the dataset") -> None:
     """Raises DatasetError where token_kd is wanted and the dataset keeps nothing of its teacher."""
-    if objective.token_kd and extraction != "parallel":
+    if objective.token_kd and extraction not in ("parallel", "mixed"):
+        beside = ", or mix it with extracted text and set nelbo above 0, by which its rows then teach" if extraction == "sequential" else ""
         raise DatasetError(
-            f"student.objective.token_kd is {objective.token_kd}, but the dataset keeps no entries of a teacher (extraction: {extraction}); "
-            "set token_kd to 0, or extract the text with `python -m pipeline extract`"
+            f"student.objective.token_kd is {objective.token_kd}, but {name} keeps no entries of a teacher (extraction: {extraction}); "
+            f"set token_kd to 0, or extract the text with `python -m pipeline extract`{beside}"
         )
 
 
 def losses(objective: ObjectiveConfig, logits_NV: Tensor, token_N: Tensor, batch: Batch, where_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss [N], its parts [N] by name for the log, without gradient), nats, of logits that stand for tokens int64 [N].
 
-    where_N: int64, the tokens' flat places b L + t in the batch. nelbo is always among the parts, token_kd where it has a weight.
+    where_N: int64, the tokens' flat places b L + t in the batch. nelbo is always among the parts, token_kd where it has a weight;
+    it is 0 on rows that the teacher wrote, of which nothing is kept.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and objective.nelbo > 0):
         nelbo_N = F.cross_entropy(logits_NV, token_N, reduction="none")
@@ -57,4 +60,6 @@ def losses(objective: ObjectiveConfig, logits_NV: Tensor, token_N: Tensor, batch
         return objective.nelbo * nelbo_N, {"nelbo": nelbo_N.detach()}
     check_dataset(objective, batch.extraction)
     teacher_N = estimate.cross_entropy(logits_NV, token_N, select(batch.sketch, where_N), batch.codec)
+    if batch.extraction == "mixed":
+        teacher_N = teacher_N * (batch.written_B[where_N // batch.input_ids_BL.shape[1]] == 0)
     return objective.nelbo * nelbo_N + objective.token_kd * teacher_N, {"nelbo": nelbo_N.detach(), "token_kd": teacher_N.detach()}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from noise.storage import DatasetError
-from trainer import objectives
 from trainer.config import DataConfig, OptimConfig, TrainConfig
-from trainer.data import Dataset, NoiseDataset, open_data, unigram
+from trainer.data import Dataset, Mixture, NoiseDataset, open_data, unigram
 from trainer.distributed import World
 from trainer.initialise import start_from
-from trainer.mixture import refuse_unlike
+from trainer.mixture import LAW, TEXT, read_by, refuse_unlike, refuse_unreadable
 from trainer.students import Student, build
 
 
@@ -27,22 +26,26 @@ def open_training(data: DataConfig) -> Dataset:
     return dataset
 
 
-def open_heldout(data: DataConfig, dataset: Dataset) -> NoiseDataset | None:
-    """The held-out dataset, if one is named. Raises DatasetError where it does not fit the training one."""
+def open_heldout(config: TrainConfig, dataset: Dataset) -> NoiseDataset | None:
+    """The held-out dataset, if one is named, of either kind. Raises DatasetError where it does not fit the training one, or the student."""
+    data = config.data
     if not data.heldout:
         return None
     heldout = NoiseDataset(data.heldout, data.check_hashes, cache=data.cache, cache_bytes=data.cache_bytes)
-    refuse_unlike(heldout, dataset, "data.heldout", ("vocab_size", "block_length", "extraction", "tokenizer", "teacher"))
+    refuse_unlike(heldout, dataset, "data.heldout", TEXT)
+    refuse_unreadable(config.student, [heldout], "data.heldout")
+    for read in read_by(config.student, _parts(dataset)):
+        refuse_unlike(heldout, read, "data.heldout", LAW)
     return heldout
+
+
+def _parts(dataset: Dataset) -> list[NoiseDataset]:
+    return dataset.datasets if isinstance(dataset, Mixture) else [dataset]
 
 
 def new_student(config: TrainConfig, dataset: Dataset, start: bool) -> tuple[Student, list[str]]:
     """A student on CPU and, where it is to `start` and not to resume, with the weights before its first step; and what to say of those."""
-    if dataset.extraction == "none" and config.student.noise.informed:
-        raise ValueError(
-            f"data.path {dataset.address} has tokens but no noise (extraction: none); set student.noise.kind to none or extract with a teacher"
-        )
-    objectives.check_dataset(config.student.objective, dataset.extraction)
+    refuse_unreadable(config.student, _parts(dataset), "data.mix" if config.data.mix else "data.path")
     torch.manual_seed(config.seed)
     student = build(config.student, dataset.codec.vocab_size, dataset.block_length)
     said = student.fits(dataset)

@@ -103,7 +103,7 @@ class NoiseDataset:
 
     def batch(self, row_B: Array, draw_B: Array | int = 0, place_B: Array | None = None, narrow: bool = False, pin: bool = False) -> Batch:
         """The rows int64 [B] of the dataset, in that order; see `gather.columns` for `narrow` and `pin`."""
-        return assemble(self, self.locate(row_B), draw_B, place_B, narrow, pin)
+        return assemble(self, self.locate(row_B), self.extraction == "sequential", draw_B, place_B, narrow, pin)
 
     def spread(self, count: int) -> Array:
         """At most that many rows, spread evenly; at a URI over a few shards only, int64."""
@@ -270,7 +270,7 @@ def _grown(values: Array, shape: tuple[int, ...]) -> Array:
     return found
 
 
-def assemble(of: Any, located: Located, draw_B: Array | int, place_B: Array | None, narrow: bool, pin: bool) -> Batch:
+def assemble(of: Any, located: Located, written_B: Array | bool, draw_B: Array | int, place_B: Array | None, narrow: bool, pin: bool) -> Batch:
     """Located rows as a batch of the dataset, or of the mixture, that they belong to."""
     found = gather.columns(located, narrow, pin)
     count = len(found.length_B)
@@ -279,12 +279,16 @@ def assemble(of: Any, located: Located, draw_B: Array | int, place_B: Array | No
         made = torch.from_numpy(values)
         return made.pin_memory() if pin else made
 
+    def each(values: Array | int) -> Array:
+        return np.array(np.broadcast_to(values, count), np.int64)
+
     return Batch(
         input_ids_BL=found.input_ids_BL,
         length_B=found.length_B,
         sequence_id_B=found.sequence_id_B,
         seed_B=tensor(located.seed_B),
-        draw_B=tensor(np.array(draw_B, np.int64) if isinstance(draw_B, np.ndarray) else np.full(count, draw_B)),
+        draw_B=tensor(each(draw_B)),
+        written_B=tensor(each(written_B)),
         place_B=tensor(np.arange(count) if place_B is None else np.array(place_B, np.int64)),
         sketch=Sketch(found.log_prob_N, found.kept_N, found.index_K, found.code_K),
         extraction=of.extraction,

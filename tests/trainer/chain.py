@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ def transition(vocab_size: int, successors: int = 4, seed: int = 0) -> torch.Ten
 
 
 def write_chain(folder: Path, rows: int = 200, block_length: int = 8, vocab_size: int = 13, shards: int = 2, extraction: str = "parallel",
-                seed: int = 77, draws: int = 1, text_seed: int = 1, ragged: bool = False) -> Path:  # fmt: skip
-    """A finished dataset of chain samples; rows may be shorter than the block when `ragged`."""
+                seed: int = 77, draws: int = 1, text_seed: int = 1, ragged: bool = False, **about: Any) -> Path:  # fmt: skip
+    """A finished dataset of chain samples, or rows that the chain writes from the noise after a prompt of one token; rows may be shorter
+    than the block when `ragged`. `about`: more of the identity."""
     identity = {
         "format_version": FORMAT_VERSION, "vocab_size": vocab_size, "block_length": block_length, "extraction": extraction,
-        "seed": str(seed), "epsilon": 0.125, "draws": draws, "rows": rows, "text_seed": text_seed,
+        "seed": str(seed), "epsilon": 0.125, "draws": draws, "rows": rows, "text_seed": text_seed, **about,
     }  # fmt: skip
     plan = Plan(identity, {}, list(range(shards)))
     plan.write(folder)
@@ -43,18 +45,25 @@ def write_chain(folder: Path, rows: int = 200, block_length: int = 8, vocab_size
 
 def _rows(count: int, length: int, log_p: torch.Tensor, plan: Plan, shard: int, generator: torch.Generator, ragged: bool) -> Rows:
     ids = torch.zeros(count, length, dtype=torch.int64)
-    for t in range(1, length):
-        ids[:, t] = torch.multinomial(log_p[ids[:, t - 1]].exp(), 1, generator=generator)[:, 0]
-    lengths = torch.randint(2, length + 1, (count,), generator=generator) if ragged else torch.full((count,), length)
     sequence_id = torch.arange(count) + (shard << 32)
+    seed, written = int(plan.identity["seed"]), plan.identity["extraction"] == "sequential"
+    for t in range(1, length):
+        if written and t > 1:
+            g_BV = philox.gumbel(philox.rows(seed, sequence_id, torch.full((count,), t)), len(log_p))
+            ids[:, t] = (log_p[ids[:, t - 1]] + g_BV).argmax(-1)
+        else:
+            ids[:, t] = torch.multinomial(log_p[ids[:, t - 1]].exp(), 1, generator=generator)[:, 0]
+    lengths = torch.randint(2, length + 1, (count,), generator=generator) if ragged else torch.full((count,), length)
     valid = (torch.arange(length) > 0) & (torch.arange(length) < lengths[:, None])
     ids = ids * (valid | (torch.arange(length) == 0))
     log_prob, kept = np.zeros((count, length), np.float32), np.zeros((count, length), np.uint16)
     index, code = np.zeros(0, np.uint16), np.zeros(0, np.uint8)
+    if written:
+        log_prob[:, 2:] = (log_p[ids[:, 1:-1], ids[:, 2:]] * valid[:, 2:]).numpy()
     if plan.identity["extraction"] == "parallel":
         row, position = valid.nonzero(as_tuple=True)
         codec = Codec(plan.identity["vocab_size"], plan.identity["epsilon"], plan.identity["draws"])
-        places = philox.rows(int(plan.identity["seed"]), sequence_id[row], position)
+        places = philox.rows(seed, sequence_id[row], position)
         sketch = encode(log_p[ids[row, position - 1]], ids[row, position], places, codec)
         log_prob[valid.numpy()], kept[valid.numpy()] = sketch.log_prob_N.numpy(), sketch.kept_N.numpy()
         index, code = sketch.index_K.numpy().astype(np.uint16), sketch.code_K.numpy().astype(np.uint8)
