@@ -37,6 +37,7 @@ BLOCKS = {"student.kind", "student.block_size", "student.clip_search"}
 TWINS = [
     *((corpus, "mdlm", row, changed) for corpus in ("lm1b", "owt") for row, changed in (
         ("mdlm_gumbel", INPUT),
+        ("mdlm_all", PARTS | RESTART | {"student.noise.stream"}),
         ("bd3lm_stage1", {"optim.steps"}),
         ("ar", {"student.kind", "student.backbone"}),
     )),
