@@ -75,19 +75,25 @@ class Config:
 
 
 def options(layers: int, rank: int) -> dict[str, NoiseConfig]:
-    """What is compared; a draft stands in the middle."""
-    middle = [max(1, layers // 2)]
+    """What is compared; a draft stands in the middle, three at the quarters."""
+    middle, quarters = [max(1, layers // 2)], sorted({max(1, layers * part // 4) for part in (1, 2, 3)})
     return {
         "input, own (paper)": NoiseConfig("gumbel", "replace"),
         f"input, rank {rank}": NoiseConfig("gumbel", "replace", projection="low_rank", rank=rank),
         "input, tied": NoiseConfig("gumbel", "replace", projection="tied"),
+        "input, tied + unigram, added": NoiseConfig("gumbel", "add", projection="tied", prior="unigram"),
         "readout": NoiseConfig("gumbel", readout=True),
         "draft": NoiseConfig("gumbel", drafts=middle),
+        "draft that restarts": NoiseConfig("gumbel", drafts=middle, draft_restart=True),
+        "three drafts": NoiseConfig("gumbel", drafts=quarters),
         "draft without noise": NoiseConfig(drafts=middle),
         "input, own + readout": NoiseConfig("gumbel", "replace", readout=True),
         "input, tied + readout": NoiseConfig("gumbel", "replace", projection="tied", readout=True),
         "input, own + readout + draft": NoiseConfig("gumbel", "replace", readout=True, drafts=middle),
         "input, tied + readout + draft": NoiseConfig("gumbel", "replace", projection="tied", readout=True, drafts=middle),
+        "all parts, ours (added, tied, unigram, restart)": NoiseConfig(
+            "gumbel", "add", projection="tied", prior="unigram", readout=True, drafts=middle, draft_restart=True
+        ),
     }
 
 
