@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import yaml
 
+from eval import tables
 from eval.__main__ import main, parse
 from eval.ablation import markdown, training
 from tests.eval.world import write_world
+from trainer.loop import _Run
 
 BASE = {
     "student": {"kind": "mdlm", "layers": 1, "hidden": 16, "heads": 2},
@@ -95,6 +99,37 @@ def test_the_same_command_trains_and_samples_nothing_again(made: Path, capsys: p
     assert main(["ablation", "--config", str(made / "ablation.yaml")]) == 0
     assert "trained already" in capsys.readouterr().out
     assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_an_interrupted_ablation_continues_with_what_is_missing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the third student's training, at a sample set, and at the second batch of each seed's drafts."""
+    stepped: list[tuple[Path, int]] = []
+    written: list[Path] = []
+    stopped_at: list[Path] = []
+    one_step, write = _Run._one_step, tables.write
+
+    def step_or_stop(run, *arguments):
+        stepped.append((run.output, run.step))
+        if len(stepped) == 3 + 3 + 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return one_step(run, *arguments)
+
+    def write_or_stop(path, *arguments):
+        if path not in stopped_at and (len(written) == 2 or path.name == "00000016.arrow"):
+            stopped_at.append(path)
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, *arguments)
+
+    monkeypatch.setattr(_Run, "_one_step", step_or_stop)
+    monkeypatch.setattr(tables, "write", write_or_stop)
+    command = ["ablation", "--config", str(made / "ablation.yaml"), "--output", str(tmp_path)]
+    assert main(command) == 130 and len(stepped) == 8 and not written
+    assert [main(command) for _ in range(4)] == [130, 130, 130, 0]
+    assert stopped_at[0].parent.name == "samples" and len(stopped_at) == 3
+    assert len(set(stepped)) == len(stepped) == 2 * 4 * 3, "each step of each student once"
+    assert len(set(written)) == len(written), "each table once"
+    assert (tmp_path / "ablation.json").read_text() == (made / "out" / "ablation.json").read_text()
 
 
 def test_no_recipe_of_the_project_writes_its_page_over_what_was_written_by_hand() -> None:
