@@ -1,9 +1,19 @@
-"""The students, one file each, behind one interface.
+"""The students, one file each. What base.py declares all have; the loop, checkpoints and saved folders ask for no more:
 
-student.forward(batch, chance) -> (loss summed over rows, figures)      what the loop calls
-student.logits(...)                                                     what a sampler calls
-student.figure_names, own_state(), after_heldout(...)                   see base.py
-save_student / load_student                                             a folder: student.json + model.safetensors
+student.forward(batch, chance, noise_of) -> (loss summed over rows, figures)
+student.figure_names, own_state(), after_heldout(...), ...
+
+What samplers call depends on what a student predicts:
+
+mdlm, bd3lm, mtp    logits(ids_BL, g_NV, length_B, known=...) -> [N, V] at the masked positions (masked.py declares it)
+                    predict(...) -> the same and each draft's; its arguments are each kind's own
+mdlm                logits_from(start_B, ...) with a row_cache(): from a position of each row on
+bd3lm               logits(..., cache=...) with an empty_cache(): after the blocks that it holds
+ar                  logits(ids_BL) -> [B, L, V]: those at t predict the token at t + 1
+medusa              no logits, as its heads predict the places after what a frozen backbone has read:
+                    propose(ids_BL, g_BJV, cache) -> ([B, J, V], cache), heads_at(hidden_BH, g_BJV) -> [B, J, V]
+
+save_student / load_student: a folder of student.json + model.safetensors. N masked positions, J places that follow.
 """
 
 from __future__ import annotations

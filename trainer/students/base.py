@@ -27,12 +27,20 @@ class Base(nn.Module, ABC):
     vocab_size: int
     block_length: int
     mask_id: int | None
+    """None: it reads no masks."""
     ahead: int = 0
     """Masked positions that one call may show: the next so many of a row; 0: any."""
     recipe: dict[str, Any]
     """The settings of its training; of a loaded student."""
     provenance: dict[str, Any]
     """The dataset it learnt from, and its figures; of a loaded student."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, chance: Chance, noise_of: Batch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss summed over rows, nats; figures, which are summed over batches and divided by their tokens), in training and evaluation alike.
+
+        noise_of gives each row the extracted noise of another batch's row: the probe, which tells whether that noise is read.
+        """
 
     @property
     @abstractmethod

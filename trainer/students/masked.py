@@ -7,6 +7,7 @@ Shapes: B rows, M slots of a row's input, N masked slots, row-major, V vocabular
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 
 from torch import Tensor, nn
 
@@ -43,6 +44,14 @@ class Masked(Base):
     @property
     def figure_names(self) -> list[str]:
         return ["nelbo", *(["token_kd"] if self.config.objective.token_kd else []), *(f"draft_{layer}" for layer in self.drafts)]
+
+    @abstractmethod
+    def logits(self, ids_BL: Tensor, g_NV: Tensor | None = None, length_B: Tensor | None = None, *, known: KnownNoise | None = None) -> Tensor:
+        """float32 [N, V] at the positions where ids int64 [B, L] hold the mask id, which a sampler asks for.
+
+        g_NV: their Gumbel noise, float32, None with noise.kind none. length_B: tokens of rows that are padded; None: none is.
+        known: the noise of known tokens, read with noise.known.
+        """
 
     def through(
         self,
