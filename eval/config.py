@@ -201,7 +201,8 @@ class SampleConfig:
     them, up to a row's first blank, as the teacher reads from left to right. Empty: given tokens carry no noise. With a drafter it is the causal LM
     itself, which reads the prompt once more for it."""
     length: int = 0
-    """Positions of a row, BOS included; 0: the student's block, or a causal LM's context, or its drafter's. A bd3lm student writes longer too."""
+    """Positions of a row, BOS included; 0: the student's block, or a causal LM's context, or its drafter's. A bd3lm student writes longer too,
+    always in blocks of the size that it was trained with."""
     eos: int = -1
     """bd3lm: a row ends at this token, once it is written past all that is given; -1: rows have their full length."""
     keep_blocks: int = 0
