@@ -61,7 +61,8 @@ def _matched(axis: Any, report: Report, colours: dict[str, str], figure: str, ag
             axis.errorbar(place, m[figure]["value"], None if banded else [[low], [high]], fmt="o", color=colours[name], mfc=face, zorder=4)
     for name, style in (("teacher", "--"), ("real", ":")):
         if report[name] is not None and figure in report[name]:
-            label = "teacher's own samples" if name == "teacher" else "real text"
+            entropy = f"{report[name]['entropy']['value']:.2f} nats"
+            label = f"teacher's own samples, as they are ({entropy})" if name == "teacher" else f"real text ({entropy})"
             axis.axhline(report[name][figure]["value"], color="black", ls=style, lw=1, label=label)
     _nfe_axis(axis, report) if against == "nfe" else _seconds_axis(axis, report)
     _value_axis(axis, figure)
