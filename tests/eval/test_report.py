@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from eval import causal, features, reconstruct, systems
 from eval.__main__ import main, parse
-from eval.config import ReportConfig, System
-from eval.report import _interval_at, free_pairs
-from tests.eval.world import LENGTH, VOCAB, write_causal, write_heldout, write_student, write_world
+from eval.config import ReportConfig
+from eval.report import _interval_at
+from tests.eval.world import LENGTH, VOCAB, write_blocks, write_causal, write_heldout, write_student, write_world
 from trainer.config import NoiseConfig, StudentConfig
 from trainer.students import build, save_student
 
@@ -37,13 +36,6 @@ def write_ahead(folder: Path, context: str = "drawn") -> None:
 
 def write_medusa(folder: Path, world: Path) -> None:
     write_student(folder, kind="medusa", seed=5, noise=NoiseConfig("gumbel", "add", readout=True), backbone=world / "teacher")
-
-
-def write_blocks(folder: Path) -> None:
-    torch.manual_seed(7)
-    noise = NoiseConfig(kind="gumbel", input="replace", readout=True)
-    student = build(StudentConfig(kind="bd3lm", layers=2, hidden=16, heads=2, block_size=4, noise=noise), VOCAB, LENGTH)
-    save_student(folder, student, student.state_dict(), {"optim": {"steps": 77}}, {"dataset": "d", "root_hash": "cd", "identity": {"seed": "<99>"}})
 
 
 def recipe(world: Path, output: Path, **change: object) -> Path:
@@ -260,12 +252,6 @@ def test_a_figure_is_read_between_its_points_at_one_entropy() -> None:
     assert _interval_at(points, "distinct_1", 0.5) == {"value": 2.0, "low": 1.0, "high": 3.0}, "nothing is extrapolated"
 
 
-def test_one_forward_a_token_of_blocks_is_drawn_where_the_report_goes_as_far(tmp_path: Path) -> None:
-    write_blocks(tmp_path / "blocks")
-    for nfe, found in (([1, 2, 4], [2, 4]), ([1, 2, 4, 7], [2, 4, 8]), ([7], [2, 4, 8])):
-        assert systems.discover(tmp_path, nfe, (VOCAB, LENGTH))[0]["blocks"].nfe == found
-
-
 def test_all_students_of_a_folder_stand_beside_ar_with_mauve_and_wall_time(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -388,16 +374,6 @@ def test_free_systems_of_one_sampler_are_compared_each_at_its_own_nfe(world: Pat
         assert (line["nfe"], line["against_nfe"]) == (own[ours], own[theirs]) and line["ratio"]["value"] == pytest.approx(ratio[0] / ratio[1])
         assert f"NFE {own[ours]}: perplexity of {ours} / {theirs} at its NFE {own[theirs]}" in line["sentence"] in page and line["sentence"] in out
     assert own["noisy-few"] > own["few"]
-
-
-def test_a_free_baseline_is_compared_with_every_free_system_once() -> None:
-    systems = {name: System(student, sampler=sampler, auxiliary="lm" * (sampler == "adaptive")) for name, student, sampler in [
-        ("hits", "a", "first_hitting"), ("few", "a", "adaptive"), ("noisy", "b", "adaptive"), ("other", "c", "first_hitting"),
-    ]}  # fmt: skip
-    pairs = [("few", "hits"), ("noisy", "hits"), ("other", "hits"), ("few", "noisy"), ("other", "noisy")]
-    assert free_pairs(systems, list(systems), pairs) == [
-        ("few", "hits"), ("noisy", "hits"), ("noisy", "few"), ("other", "hits"), ("other", "noisy"),
-    ]  # fmt: skip
 
 
 def test_an_unknown_key_ends_with_status_2(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,3 +92,10 @@ def random_rows(rows: int, length: int, seed: int = 0) -> np.ndarray:
     ids = np.random.default_rng(seed).integers(2, VOCAB, size=(rows, length)).astype(np.int32)
     ids[:, 0] = 0
     return ids
+
+
+def write_blocks(folder: Path) -> None:
+    torch.manual_seed(7)
+    noise = NoiseConfig(kind="gumbel", input="replace", readout=True)
+    student = build(StudentConfig(kind="bd3lm", layers=2, hidden=16, heads=2, block_size=4, noise=noise), VOCAB, LENGTH)
+    save_student(folder, student, student.state_dict(), {"optim": {"steps": 77}}, {"dataset": "d", "root_hash": "cd", "identity": {"seed": "<99>"}})
