@@ -160,11 +160,9 @@ def _modernbert(weights: Weights) -> _Source:
             source.tensors[f"model.{layer}{(_MODERNBERT_LAYER | _MODERNBERT_END)[part]}"] = tensor
         else:
             source.unused.append(name)
-    for name, tensor in list(source.tensors.items()):
-        bias = re.sub(r"(norm[12]?)\.weight$", r"\1.bias", name)
-        if bias not in source.tensors:
-            source.tensors[bias] = torch.zeros_like(tensor)
-            source.implied.add(bias)
+    scales = [name for name in source.tensors if re.search(r"\.norm[12]?\.weight$", name)]
+    source.implied = {name.removesuffix("weight") + "bias" for name in scales} - source.tensors.keys()
+    source.tensors |= {name: torch.zeros_like(source.tensors[name.removesuffix("bias") + "weight"]) for name in source.implied}
     return source
 
 
