@@ -24,6 +24,7 @@ The data flow of this room, one file each:
     truth        small known languages beside the exact limit of factorised decoding (factorised, integrated; truth_figures, truth_page, truth_plot)
     systems      a folder of students -> how each is traced and draws its rows; timing: their wall time on this machine
     study        the pieces of a report: which there are, which are there already, and how each is made; cautions: what a reader must know
+    tracing      the points of each frontier that were asked for, and those that refine it where it is read
     ablation     students that differ in one thing, trained and compared over seeds
     likelihood   log p of a continuation; answering: a student that answers in text; zero_shot: as lm-eval asks it
     llm_judge    a language model's verdict on samples (chat asks it, questions are what, judgements what its answers add up to; ledger keeps them)

@@ -99,6 +99,8 @@ class AblationConfig:
     """Each names initial weights, order, masks and samples of one whole repetition."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Dotted settings of the trainer for all students, over their recipes: fewer steps, another dataset."""
+    refine: int = 1
+    """As in `eval report`: further points of each frontier, placed at the entropy of held-out text."""
     sequences: int = 512
     """Sequences behind each figure."""
     workers: int = 0
@@ -177,7 +179,8 @@ def _report_config(config: AblationConfig, group: str, seed: int) -> ReportConfi
     }
     return ReportConfig(
         output=str(config.folder / f"seed-{seed}"), systems=systems, baseline=of.baseline, heldout=config.heldout, judge=config.judge, nfe=of.nfe,
-        sequences=config.sequences, reconstruction_rows=0, timing_rows=0, shown=0, replicates=200, seed=seed, device=config.device,
+        refine=config.refine, sequences=config.sequences, reconstruction_rows=0, timing_rows=0, shown=0, replicates=200, seed=seed,
+        device=config.device,
     )  # fmt: skip
 
 

@@ -44,14 +44,18 @@ class System:
     """Function evaluations of this system; empty: the report's. An mtp student needs as many as write its rows. An ar student makes one forward a
     token, a medusa student those that it takes: it drafts for its backbone, whose text it writes."""
 
+    @property
+    def swept(self) -> list[str]:
+        """Which field traces the frontier; none: the system is one point."""
+        return [name for name in ("temperatures", "noise_temperatures", "nuclei") if len(getattr(self, name)) > 1]
+
     def __post_init__(self) -> None:
         for name in ("temperatures", "noise_temperatures", "nuclei", "nfe"):
             values = getattr(self, name)
             if len(set(values)) < len(values) or (not values and name.endswith("temperatures")):
                 raise ValueError(f"{name} of {self.student} is {values}; give at least one value, each once")
-        swept = [name for name in ("temperatures", "noise_temperatures", "nuclei") if len(getattr(self, name)) > 1]
-        if len(swept) > 1:
-            raise ValueError(f"{self.student} has several {' and several '.join(swept)}; a frontier is traced by one of them")
+        if len(self.swept) > 1:
+            raise ValueError(f"{self.student} has several {' and several '.join(self.swept)}; a frontier is traced by one of them")
         if self.nuclei and self.nucleus != 1:
             raise ValueError(f"{self.student} has nucleus {self.nucleus} and nuclei {self.nuclei}; nuclei stand in its place: drop nucleus")
         if bool(self.auxiliary) != (self.sampler == "adaptive"):
@@ -107,13 +111,15 @@ class ReportConfig:
     """The system that all others are compared with; empty: the first masked student without noise, or else the first. One that takes its own number
     of forwards (first_hitting, adaptive, medusa) is compared with such a one: the baseline, or the baseline's student under the same sampler."""
     teacher: str = ""
-    """Causal LM that made the noise: its own samples are a reference line. Empty: left out."""
+    """Causal LM that made the noise: its own samples, as they are and at the entropy of real text, are a reference line. Empty: left out."""
     control: str = ""
     """The system with noise that knows nothing of the text; systems with noise are compared with it too. Empty: none."""
     tokenizer: str = ""
     """Folder of the students' tokenizer; empty: tokenizer/ in the held-out dataset."""
     nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Function evaluations: forwards of the student for one sequence."""
+    refine: int = 1
+    """Further points of each traced system, each placed where those before it say that the entropy of real text lies; 0: none."""
     sequences: int = 1024
     """Sequences behind every figure."""
     mauve: MauveConfig = field(default_factory=MauveConfig)
@@ -149,7 +155,8 @@ class ReportConfig:
             raise ValueError(f"baseline and control are both {self.baseline!r}; the control is the system with independent noise")
         if not self.nfe or min(self.nfe) < 1 or len(set(self.nfe)) < len(self.nfe):
             raise ValueError(f"nfe is {self.nfe}; give numbers from 1 up, each once")
-        for name, least in (("sequences", 2), ("replicates", 20), ("batch", 1), ("reconstruction_rows", 0), ("shown", 0), ("timing_rows", 0)):
+        leasts = {"sequences": 2, "replicates": 20, "batch": 1, "reconstruction_rows": 0, "shown": 0, "timing_rows": 0, "refine": 0}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 

@@ -6,7 +6,8 @@ token entropy and read where the entropy is that of real text.
 
 The bootstrap resamples the whole curve (the same sequence ids at every point, so points and systems are paired) and,
 independently, the real text: its own error is inside the interval, and the plug-in entropy's bias cancels.
-Nothing is extrapolated: outside the traced range the nearest end stands, and `position` says so.
+Nothing is extrapolated: outside the traced range the nearest end stands, and `position` says so. So that little is
+interpolated either, a further point is drawn where `setting_at` says that the entropy of real text lies.
 
 Shapes: P traced points, R replicates + 1 (row 0 is the estimate).
 """
@@ -61,6 +62,22 @@ def match(frontier: Frontier, entropy_R: Array) -> Matched:
     position = "below" if below_R[0] else "above" if above_R[0] else "inside"
     clamped = float((below_R | above_R)[1:].mean()) if len(entropy_R) > 1 else float(position != "inside")
     return Matched(_interpolate(x_PR, y_PR, np.clip(entropy_R, x_PR[0], x_PR[-1])), position, clamped)
+
+
+def setting_at(settings: Sequence[float], entropies: Sequence[float], wanted: float) -> float | None:
+    """The setting (a temperature, say) at which the entropy is the wanted one, by a line through two of the points traced so far.
+
+    The two are those nearest to it on both sides, or, where it lies on one side of all, the two nearest: then the line is followed to half of
+    the nearest setting, or twice it, at most. None where a line says nothing: of one point, or of two with one entropy.
+    """
+    points = sorted(zip(entropies, settings, strict=True))
+    above = sum(entropy <= wanted for entropy, _ in points)
+    first = min(max(above - 1, 0), len(points) - 2)
+    if len(points) < 2 or points[first][0] == points[first + 1][0]:
+        return None
+    (x0, y0), (x1, y1) = points[first : first + 2]
+    nearest = min(points, key=lambda point: abs(point[0] - wanted))[1]
+    return min(max(y0 + (wanted - x0) / (x1 - x0) * (y1 - y0), nearest / 2), nearest * 2)
 
 
 def _interpolate(x_PR: Array, y_PR: Array, at_R: Array) -> Array:

@@ -79,12 +79,12 @@ def introduction(report: Report) -> str:
     lines = [
         f"{settings['sequences']} sequences a figure, judged by `{settings['judge']}`, past whose context a window slides by half of it; "
         "brackets are 95% bootstrap intervals over sequences. Perplexity can be bought with entropy, so every system is traced, and read and "
-        "compared at the entropy of real text.",
+        "compared at the entropy of real text" + _refined(settings["refine"]) + ".",
         f"No sampler rejects or draws again (rate {report['rejected']:.0%}): all figures are of all samples.",
         f"Real held-out text: {_reference(real)} nats a token.",
     ]
     if teacher is not None:
-        lines.append(f"The teacher's own samples, one forward a token: {_reference(teacher)}.")
+        lines.append(f"The teacher's own samples, one forward a token: {_reference(teacher)}{_teacher_matched(teacher)}.")
     return "  \n".join(lines)
 
 
@@ -93,14 +93,24 @@ def _reference(figures: dict[str, Any]) -> str:
     return f"perplexity {interval(figures['perplexity'])}, entropy {interval(figures['entropy'], 3)}{near}"
 
 
+def _refined(points: int) -> str:
+    return f", between points of which {points} of each number of forwards {'was' if points == 1 else 'were'} placed there" if points else ""
+
+
+def _teacher_matched(teacher: dict[str, Any]) -> str:
+    """What the teacher's frontier says at the entropy of real text; nothing where it was not traced so far."""
+    matched = teacher["matched"]
+    if matched is None or matched["position"] != "inside":
+        return ""
+    near = f", MAUVE {interval(matched['mauve'], 3)}" if matched["mauve"] is not None else ""
+    return f"; at the entropy of real text perplexity {interval(matched['perplexity'])}{near}"
+
+
 def _mauve_table(report: Report) -> Table:
     def cell(at: dict[str, Any]) -> str:
         return interval(at["matched"]["mauve"], 3) + ("" if at["matched"]["position"] == "inside" else " †")
 
-    rows = [_row(report, name, cell) for name in report["systems"]]
-    if report["teacher"] is not None:
-        rows.append(["teacher, as it is", *[""] * (len(columns(report)) - 1), interval(report["teacher"]["mauve"], 3)])
-    return Table(["system", *columns(report)], rows)
+    return Table(["system", *columns(report)], [_row(report, name, cell) for name in report["systems"]])
 
 
 def _mauve_words(report: Report) -> str:

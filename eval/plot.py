@@ -61,15 +61,23 @@ def _matched(axis: Any, report: Report, colours: dict[str, str], figure: str, ag
             axis.errorbar(place, m[figure]["value"], None if banded else [[low], [high]], fmt="o", color=colours[name], mfc=face, zorder=4)
     for name, style in (("teacher", "--"), ("real", ":")):
         if report[name] is not None and figure in report[name]:
-            entropy = f"{report[name]['entropy']['value']:.2f} nats"
-            label = f"teacher's own samples, as they are ({entropy})" if name == "teacher" else f"real text ({entropy})"
-            axis.axhline(report[name][figure]["value"], color="black", ls=style, lw=1, label=label)
+            line, label = _line(report, name)
+            axis.axhline(line[figure]["value"], color="black", ls=style, lw=1, label=label)
     _nfe_axis(axis, report) if against == "nfe" else _seconds_axis(axis, report)
     _value_axis(axis, figure)
     hollow = any(at["matched"]["position"] != "inside" for system in report["systems"].values() for at in system["nfe"].values())
     what = "Perplexity" if figure == "perplexity" else "MAUVE"
     axis.set_title(f"{what} at the entropy of real text" + (" (hollow: nearest traced end)" if hollow else ""), fontsize=10)
     axis.legend(fontsize=8, frameon=False)
+
+
+def _line(report: Report, name: str) -> tuple[dict[str, Any], str]:
+    """The figures of real text, or of the teacher where its entropy is that of real text and else as it is, and what to call them."""
+    found, matched = report[name], report[name].get("matched")
+    if name == "teacher" and matched is not None and matched["position"] == "inside":
+        return matched, "the teacher, a forward a token"
+    entropy = f"{found['entropy']['value']:.2f} nats"
+    return found, f"the teacher's samples as they are ({entropy})" if name == "teacher" else f"real text ({entropy})"
 
 
 def _place(nfe: str, at: dict[str, Any], against: str) -> float:

@@ -4,7 +4,8 @@
     warnings         what a reader must know, in words
     provenance       root hash and identity of the held-out data, identities of judge, teacher and students, each student's recipe and dataset
     machine          what the wall times were measured on; null without them
-    real, teacher    figures of real held-out text, and of the teacher's own samples (null without a teacher)
+    real, teacher    figures of real held-out text, and of the teacher's own samples (null without a teacher), as they are; teacher too has
+                     points and matched (refine 0: no points but that one, and null)
     systems          name -> {student, kind, noise, free, nfe -> {points: [figures + decoding + forwards], matched, seconds}}
                      matched: {perplexity, entropy, position, clamped, mauve, distinct_1..3}: the frontier read at the entropy of real text
                      seconds: wall time of a sequence in a batch, {value: median, low, high: extremes of the repetitions}
@@ -36,6 +37,7 @@ from eval.reconstruct import by_position, shares
 from eval.repetition import looped, repeated, written
 from eval.study import Study
 from eval.systems import Traced, is_free
+from eval.tracing import Tracing
 
 Report = dict[str, Any]
 
@@ -63,13 +65,12 @@ class _Builder:
         study, config = self.study, self.config
         real = study.scored("real", study.real_SL)
         self.real_entropy_R = pooled_entropy(real.ids_SL, real.length_S, self.real_weights_RS)
-        self.teacher_SL = study.teacher_samples() if config.teacher else None
-        teacher = study.scored("teacher", self.teacher_SL) if self.teacher_SL is not None else None
-        drawn = {point: study.sampled(point) for point in study.points}
-        self.made = {point: made_S for point, (_, made_S) in drawn.items()}
-        self.scored = {point: study.scored(point.name, ids_SL) for point, (ids_SL, _) in drawn.items()}
+        tracing = Tracing(study, float(self.real_entropy_R[0]))
+        teacher, groups, self.drawn = tracing.teacher(), tracing.systems(), tracing.drawn
+        self.teacher_SL = self.drawn[teacher[0]][0] if teacher else None
+        self.scored = {point: study.scored(point.name, ids_SL) for point, (ids_SL, _) in self.drawn.items()}
         self.mauve = {point: self._mauve(point.name, scored) for point, scored in self.scored.items()} if config.mauve.featuriser else {}
-        self.points = {name: self._by_nfe(name) for name in config.systems}
+        self.points = {name: self._by_nfe(groups[name]) for name in config.systems}
         self.matched = {(name, nfe): self._match(points) for name, by_nfe in self.points.items() for nfe, points in by_nfe.items()}
         rebuilt = self._reconstruction()
         return {
@@ -79,7 +80,7 @@ class _Builder:
             "provenance": self._provenance(),
             "machine": study.machine if config.timing_rows else None,
             "real": self._figures("real", real, self.real_weights_RS, None),
-            "teacher": self._figures("teacher", teacher, self.weights_RS) if teacher is not None else None,
+            "teacher": self._teacher(teacher) if teacher else None,
             "systems": {name: self._system(name) for name in config.systems},
             "comparisons": self._comparisons(),
             "reconstruction": {name: {nfe: at["share"] for nfe, at in by_nfe.items()} for name, by_nfe in rebuilt.items()} or None,
@@ -89,14 +90,15 @@ class _Builder:
             "rejected": 0.0,
         }
 
-    def _by_nfe(self, name: str) -> dict[str, list[Traced]]:
+    def _teacher(self, points: list[Traced]) -> dict[str, Any]:
+        found = [self._figures(point.name, self.scored[point], self.weights_RS, self.mauve.get(point)) for point in points]
+        shown = [{"temperature": point.decoding.temperature, **figures} for point, figures in zip(points, found, strict=True)]
+        return {**found[0], "points": shown, "matched": self._read(*self._match(points), found) if len(points) > 1 else None}
+
+    def _by_nfe(self, frontiers: list[list[Traced]]) -> dict[str, list[Traced]]:
         """The points of one system at each number of forwards; a free system's is the mean of what it made."""
-        points = [point for point in self.study.points if point.system == name]
-        own = round(float(np.mean([self.made[point].mean() for point in points])))
-        found: dict[str, list[Traced]] = {}
-        for point in points:
-            found.setdefault(str(point.nfe or own), []).append(point)
-        return found
+        own = round(float(np.mean([self.drawn[point][1].mean() for frontier in frontiers for point in frontier])))
+        return {str(frontier[0].nfe or own): frontier for frontier in frontiers}
 
     def _provenance(self) -> dict[str, Any]:
         study = self.study
@@ -121,10 +123,8 @@ class _Builder:
         study, system, by_nfe = self.study, self.config.systems[name], {}
         for nfe, points in self.points[name].items():
             at, near = self.matched[name, nfe]
-            entropy = asdict(Interval.of(self.real_entropy_R))
             found = [self._point(point) for point in points]
-            matched = {"perplexity": asdict(at.perplexity), "entropy": entropy, "position": at.position, "clamped": at.clamped, "mauve": near}
-            matched |= {name: _interval_at(found, name, self.real_entropy_R[0]) for name in ("distinct_1", "distinct_2", "distinct_3")}
+            matched = self._read(at, near, found)
             seconds = _spread(study.seconds(points[0])) if self.config.timing_rows else None
             shown = [{**asdict(point.decoding), **figures} for point, figures in zip(points, found, strict=True)]
             by_nfe[nfe] = {"points": shown, "matched": matched, "seconds": seconds}
@@ -132,8 +132,14 @@ class _Builder:
         about = {"student": system.student, "kind": student.config.kind, "noise": asdict(student.noise), "free": is_free(system, student)}
         return {**about, "nfe": by_nfe}
 
+    def _read(self, at: Matched, near: dict[str, Any] | None, figures: list[dict[str, Any]]) -> dict[str, Any]:
+        """A frontier at the entropy of real text: its perplexity and MAUVE, and its points' other figures."""
+        entropy = asdict(Interval.of(self.real_entropy_R))
+        matched = {"perplexity": asdict(at.perplexity), "entropy": entropy, "position": at.position, "clamped": at.clamped, "mauve": near}
+        return matched | {name: _interval_at(figures, name, self.real_entropy_R[0]) for name in ("distinct_1", "distinct_2", "distinct_3")}
+
     def _point(self, point: Traced) -> dict[str, Any]:
-        scored, made_S = self.scored[point], self.made[point]
+        scored, made_S = self.scored[point], self.drawn[point][1]
         found = self._figures(point.name, scored, self.weights_RS, self.mauve.get(point))
         found["forwards"] = {"mean": float(made_S.mean()), "least": int(made_S.min()), "most": int(made_S.max())}
         if self.teacher_SL is not None:

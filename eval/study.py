@@ -17,7 +17,6 @@ from torch import Tensor
 
 from eval import samples, tables
 from eval.causal import CausalLM, folder_identity, load_tokenizer, model_identity
-from eval.cautions import teacher_temperature
 from eval.config import ReportConfig
 from eval.decoding import Decoding
 from eval.drafting import with_heads
@@ -100,11 +99,18 @@ class Study:
 
     def _work(self) -> int:
         config = self.config
-        features = 1 if config.mauve.featuriser else 0
-        sampled = sum(point.nfe or 2 for point in self.points) + (2 if config.teacher else 0)
+        sampled = sum((point.nfe or 2) + self.judged for point in self.points) + self.judged
+        traced = {(point.system, point.nfe) for point in self.points if config.systems[point.system].swept}
+        refined = config.refine * sum((nfe or 2) + self.judged for _, nfe in traced)
+        teacher = (2 + self.judged) * (1 + (config.refine > 0) + config.refine) if config.teacher else 0
         timed = config.timing_rows * (REPEATS + 1) * sum(point.nfe or 2 for point in self.timed())
         rebuilt = config.reconstruction_rows * sum(nfe for name in config.systems for nfe in self.rebuilt_at(name))
-        return config.sequences * (sampled + (1 + features) * (len(self.points) + 2)) + timed + rebuilt
+        return config.sequences * (sampled + refined + teacher) + timed + rebuilt
+
+    @property
+    def judged(self) -> int:
+        """Units of work for a sequence that is there: its likelihood, and its features."""
+        return 1 + bool(self.config.mauve.featuriser)
 
     def timed(self) -> list[Traced]:
         """The points whose wall time stands for their system and number of forwards: the first of each."""
@@ -240,10 +246,9 @@ class Study:
     def _real_features(self) -> Array:
         return self._featuriser.features(self.real_SL, np.full(len(self.real_SL), self.real_SL.shape[1]))
 
-    def teacher_samples(self) -> Array:
+    def teacher_samples(self, temperature: float) -> Array:
         """The teacher's own samples of the same noise, int32 [S, L]."""
         config, length = self.config, self.heldout.block_length
-        temperature = teacher_temperature(self.heldout.manifest.identity)
         request = sample_request(self.teacher_identity, {"temperature": temperature}, config.seed, self.bos, length, config.sequences)
         path = tables.piece(self.folder / "samples", "teacher", request)
         self.progress.begin("the teacher's own samples")

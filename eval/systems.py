@@ -20,6 +20,7 @@ from eval.causal import CausalLM
 from eval.config import ReportConfig, System
 from eval.decoding import Decoding
 from eval.drafting import write_drafted
+from eval.frontier import setting_at
 from eval.sampler import blank_rows, check_noise, resolve_output, sample_counted
 from eval.speculative import Drafter
 from noise.storage import DatasetError, read_json
@@ -168,6 +169,23 @@ def trace(name: str, system: System, student: Any, nfe: list[int]) -> list[Trace
         check_noise(student, point.decoding)
         check_bare(f"system {name}", student, point.decoding)
     return traced
+
+
+def further(system: System, points: list[Traced], entropies: list[float], wanted: float) -> Traced | None:
+    """A point of the same frontier (one system and number of forwards) nearer to the wanted entropy, in nats, than those traced so far.
+
+    None for a system that is one point, and where no setting says more than those that were tried.
+    """
+    if not system.swept:
+        return None
+    name = {"temperatures": "temperature", "noise_temperatures": "noise_temperature", "nuclei": "nucleus"}[system.swept[0]]
+    tried = [float(getattr(point.decoding, name)) for point in points]
+    found = setting_at(tried, entropies, wanted)
+    if found is None:
+        return None
+    found = round(min(found, 1.0) if name == "nucleus" else found, 3)
+    changed: dict[str, Any] = {name: found}
+    return None if found in tried else replace(points[0], decoding=replace(points[0].decoding, **changed))
 
 
 def check_bare(about: str, student: Any, decoding: Decoding) -> None:

@@ -71,7 +71,7 @@ def test_report_holds_every_figure_with_its_interval(finished: Path) -> None:
     for system in report["systems"].values():
         assert list(system["nfe"]) == ["1", "3"]
         for at in system["nfe"].values():
-            assert len(at["points"]) == 3
+            assert len(at["points"]) == 4
             for point in at["points"]:
                 assert point["perplexity"]["low"] < point["perplexity"]["value"] < point["perplexity"]["high"]
                 assert point["entropy"]["value"] > 0 and point["sequences"] == 36 and 0 <= point["teacher_agreement"] <= 1
@@ -88,6 +88,28 @@ def test_report_holds_every_figure_with_its_interval(finished: Path) -> None:
     assert report["rejected"] == 0 and report["machine"] is None
     assert report["teacher"]["sequences"] == 36 and report["real"]["sequences"] == 36
     assert len(report["shown"]) == 2 and report["shown_nfe"] == 3 and report["shown"][0]["systems"]["noisy"].startswith("w")
+
+
+def test_a_point_of_every_frontier_is_placed_at_the_entropy_of_real_text(finished: Path, world: Path, tmp_path: Path) -> None:
+    assert run(recipe(world, tmp_path / "coarse"), "--refine", "0") == 0 and run(recipe(world, tmp_path / "fine"), "--refine", "4") == 0
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "coarse", finished, tmp_path / "fine")]
+    wanted, inside = reports[0]["real"]["entropy"]["value"], 0
+    for name in ("plain", "noisy", "blind"):
+        for nfe in ("1", "3"):
+            at = [report["systems"][name]["nfe"][nfe] for report in reports]
+            assert [len(one["points"]) for one in at[:2]] == [3, 4] and at[1]["points"][:3] == at[0]["points"] == at[2]["points"][:3]
+            if at[0]["matched"]["position"] == "inside":
+                inside += 1
+                entropies = [[point["entropy"]["value"] for point in one["points"]] for one in at]
+                below, above = max(e for e in entropies[0] if e <= wanted), min(e for e in entropies[0] if e > wanted)
+                assert below < entropies[1][3] < above and min(abs(e - wanted) for e in entropies[2]) < 0.01
+    assert inside >= 2
+    assert reports[0]["teacher"]["matched"] is None and len(reports[0]["teacher"]["points"]) == 1
+    teacher = reports[2]["teacher"]
+    assert teacher["points"][0]["temperature"] == 1
+    assert teacher["points"][0]["perplexity"] == teacher["perplexity"] == reports[0]["teacher"]["perplexity"]
+    gaps = [abs(point["entropy"]["value"] - wanted) for point in teacher["points"]]
+    assert gaps[1] < gaps[0] and min(gaps[2:]) < 0.02 and teacher["matched"]["position"] == "inside"
 
 
 def test_page_states_every_verdict_and_shows_the_picture(finished: Path) -> None:
@@ -127,7 +149,7 @@ def test_an_interrupted_report_continues_and_ends_equal(
     assert run(path) == 130 and "the same command continues" in capsys.readouterr().err
     calls["stop"] = -1
     assert run(path) == 0
-    assert calls["sample"] == 3 * 2 * 3 * 3  # systems, NFE, traced points, batches: none twice
+    assert calls["sample"] == 3 * 2 * 4 * 3  # systems, NFE, traced points, batches: none twice
     ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "out", finished))
     for report in (ours, theirs):
         del report["settings"]["output"]
@@ -142,7 +164,7 @@ def test_a_student_that_was_trained_again_is_sampled_again(world: Path, finished
     path = recipe(world, tmp_path / "out")
     assert run(path, "--systems.plain.student", str(tmp_path / "plain")) == 0
     new = {entry.name for entry in (tmp_path / "out" / "samples").iterdir()} - before
-    assert len(new) == 6 and all(name.startswith("plain-nfe") for name in new)
+    assert len(new) == 8 and all(name.startswith("plain-nfe") for name in new)
 
 
 def test_the_judge_that_made_the_noise_and_scarce_real_text_are_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,7 +297,8 @@ def test_all_students_of_a_folder_stand_beside_ar_with_mauve_and_wall_time(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     (drafted,) = report["systems"]["medusa"]["nfe"]
     calls = report["systems"]["medusa"]["nfe"][drafted]["points"]
-    assert [point["temperature"] for point in calls] == [0.8, 0.95, 1.1] and int(drafted) < 7 and report["systems"]["medusa"]["free"]
+    assert [point["temperature"] for point in calls[:3]] == [0.8, 0.95, 1.1] and len(calls) == 4
+    assert int(drafted) < 7 and report["systems"]["medusa"]["free"]
     assert {name: list(system["nfe"]) for name, system in report["systems"].items()} == {
         "ahead": ["4"], "ar": ["7"], "blocks": ["2", "4"], "gumbel": ["1", "2", "4"], "plain": ["1", "2", "4"], "medusa": [drafted],
     }  # fmt: skip
@@ -341,7 +364,7 @@ def test_settings_of_a_system_reach_its_samples(world: Path, tmp_path: Path) -> 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     found = {name: [point for at in system["nfe"].values() for point in at["points"]] for name, system in report["systems"].items()}
     entropy = {name: points[-1]["entropy"]["value"] for name, points in found.items()}
-    assert [point["nucleus"] for point in found["nuclei"]] == [0.1, 0.9] and found["nuclei"][0]["entropy"]["value"] < entropy["nuclei"]
+    assert [point["nucleus"] for point in found["nuclei"]] == [0.1, 0.9, 1.0] and found["nuclei"][0]["entropy"]["value"] < entropy["nuclei"]
     text = report["shown"][0]["systems"]
     assert entropy["one"] == entropy["argmax"] and text["one"] == text["argmax"] and text["surest"] != text["nuclei"]
     assert text["held"] != text["fresh"] and entropy["ar"] > 0
