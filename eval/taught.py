@@ -72,6 +72,7 @@ class TaughtConfig:
             raise ValueError("model must be of kind mdlm and without noise; each of the systems has its own noise")
         if not self.nfe or min(self.nfe) < 1 or len(set(self.nfe)) < len(self.nfe):
             raise ValueError(f"nfe is {self.nfe}; give numbers from 1 up, each once")
+        self.systems = {name: replace(self.model, noise=noise).noise for name, noise in self.systems.items()}  # a kind alone is all parts
         for name, least in (("sequences", 2), ("rows", 1), ("heldout_rows", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")

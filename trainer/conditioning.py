@@ -87,7 +87,9 @@ def check(noise: NoiseConfig, layers: int) -> None:
             "would be ignored; set student.noise.kind, or drop them"
         )
     if noise.kind != "none" and noise.input == "none" and not noise.readout and not noise.drafts:
-        raise ValueError(f"student.noise.kind is {noise.kind}, but no input, readout or draft uses it; set student.noise.input to replace")
+        raise ValueError(
+            f"student.noise.kind is {noise.kind}, but no input, readout or draft uses it; name the one that does, or student.noise.kind alone for all"
+        )
     if noise.input == "none" and (noise.projection != "own" or noise.prior != "none" or noise.known):
         raise ValueError(
             f"student.noise.input is none, so student.noise.projection ({noise.projection}), prior ({noise.prior}) and known ({noise.known}) "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Literal
 
 
@@ -13,7 +13,10 @@ class NoiseConfig:
 
     kind: Literal["none", "gumbel", "gaussian", "uniform", "independent"] = "none"
     """gumbel: the posterior noise of the dataset. gaussian, uniform: the same noise through its distribution function, another marginal.
-    independent: fresh Gumbel noise that knows nothing of the text, the control. none: no noise."""
+    independent: fresh Gumbel noise that knows nothing of the text, the control. none: no noise.
+    A kind alone gives the student all parts, as docs/ablation.md found them best: input (mdlm: add, else replace), projection tied, prior
+    unigram, readout, and a draft that restarts, after half the layers (medusa: a draft of every place but the last). Where input, readout or
+    drafts is named, the student has the named ones alone."""
     input: Literal["none", "replace", "add"] = "none"
     """Whether softmax(g) through a V x H projection replaces the mask embedding, or is added to it."""
     projection: Literal["own", "tied", "low_rank"] = "own"
@@ -36,6 +39,12 @@ class NoiseConfig:
     """Make the noise again wherever a readout or draft reads it, chunk by chunk, in training: less memory, more time. The input does so always."""
     draft_weight: float = 0.1
     """Weight of each draft's own cross-entropy in the loss."""
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is noise, and nothing says what reads it."""
+        parts = NoiseConfig(self.kind, known=self.known, stream=self.stream, draft_weight=self.draft_weight)
+        return self.kind != "none" and self == parts
 
     @property
     def informed(self) -> bool:
@@ -137,8 +146,19 @@ class StudentConfig:
         for name, kinds in (readers | {"medusa": "medusa", "clip": "mdlm or bd3lm"}).items():
             if self.kind not in kinds.split(" or ") and getattr(self, name) != usual[name]:
                 raise ValueError(f"student.{name} is {getattr(self, name)}, which only student.kind {kinds} reads (kind is {self.kind}); drop it")
+        if self.noise.bare and self.kind != "ar":
+            self.noise = self._all_parts()
         if self.noise.known and self.kind not in ("mdlm", "bd3lm", "mtp"):
             raise ValueError(f"student.noise.known is set, which only student.kind mdlm, bd3lm or mtp reads (kind is {self.kind}); drop it")
+
+    def _all_parts(self) -> NoiseConfig:
+        """What a student is given whose recipe names a kind of noise alone; which parts, was found by measurement (docs/ablation.md)."""
+        between = [self.layers // 2] if self.layers > 1 else []
+        drafts = list(range(1, self.medusa.heads_count + 1)) if self.kind == "medusa" else between
+        return replace(
+            self.noise, input="add" if self.kind == "mdlm" else "replace", projection="tied", prior="unigram", readout=True, drafts=drafts,
+            draft_restart=bool(drafts) and self.kind != "medusa",
+        )  # fmt: skip
 
 
 @dataclass

@@ -19,7 +19,7 @@ from tests.trainer.chain import write_chain
 from trainer import streamed
 from trainer.batch import Batch
 from trainer.chance import Chance
-from trainer.config import NoiseConfig, StudentConfig
+from trainer.config import MedusaConfig, NoiseConfig, StudentConfig
 from trainer.data import NoiseDataset
 from trainer.marginal import Mapped, gaussian, seen, tempered
 from trainer.students import build
@@ -167,7 +167,7 @@ def test_a_projection_of_low_rank_has_rank_times_v_plus_h_weights_and_starts_as_
         (NoiseConfig(kind="gumbel", input="replace", rank=4), "rank is 4 and student.noise.projection own"),
         (NoiseConfig(kind="gumbel", input="replace", projection="low_rank", rank=H), f"rank is {H}, but the student is {H} wide"),
         (NoiseConfig(kind="gumbel", readout=True, projection="low_rank", rank=2), r"projection \(low_rank\), .* would be ignored"),
-        (NoiseConfig(kind="gaussian"), "kind is gaussian, but no input, readout or draft uses it"),
+        (NoiseConfig(kind="gaussian", draft_restart=True), "kind is gaussian, but no input, readout or draft uses it"),
         (NoiseConfig(kind="gumbel", input="replace", draft_weight=0.5), "draft_weight is 0.5, but student.noise.drafts names no layer"),
         (NoiseConfig(drafts=[1], draft_weight=-1.0), "draft_weight is -1.0"),
         (NoiseConfig(drafts=[1], stream=True), r"stream \(True\) would be ignored"),
@@ -177,6 +177,33 @@ def test_a_projection_of_low_rank_has_rank_times_v_plus_h_weights_and_starts_as_
 def test_options_that_would_be_ignored_are_refused_by_name(noise: NoiseConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         student_of(noise)
+
+
+CHOSEN = {"projection": "tied", "prior": "unigram", "readout": True}
+
+
+@pytest.mark.parametrize(
+    ("student", "parts"),
+    [
+        ({"kind": "mdlm", "layers": 6}, {"input": "add", "drafts": [3], "draft_restart": True, **CHOSEN}),
+        ({"kind": "mdlm", "layers": 5}, {"input": "add", "drafts": [2], "draft_restart": True, **CHOSEN}),
+        ({"kind": "mdlm", "layers": 1}, {"input": "add", **CHOSEN}),
+        ({"kind": "bd3lm", "layers": 12, "block_size": 4}, {"input": "replace", "drafts": [6], "draft_restart": True, **CHOSEN}),
+        ({"kind": "mtp", "layers": 4, "predict": 2}, {"input": "replace", "drafts": [2], "draft_restart": True, **CHOSEN}),
+        ({"kind": "medusa", "medusa": MedusaConfig(heads_count=3)}, {"input": "replace", "drafts": [1, 2, 3], **CHOSEN}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if "kind" in value else "",
+)
+@pytest.mark.parametrize("kind", ["gumbel", "independent", "gaussian"])
+def test_a_kind_of_noise_alone_is_all_parts(kind: Any, student: dict[str, Any], parts: dict[str, Any]) -> None:
+    assert StudentConfig(**student, noise=NoiseConfig(kind, stream=True)).noise == NoiseConfig(kind, stream=True, **parts)
+
+
+@pytest.mark.parametrize("named", [{"input": "replace"}, {"readout": True}, {"drafts": [1]}], ids=str)
+def test_a_part_that_is_named_is_the_only_one(named: dict[str, Any]) -> None:
+    noise = NoiseConfig("gumbel", **named)
+    assert StudentConfig(noise=noise).noise == noise
+    assert StudentConfig(noise=NoiseConfig()).noise == NoiseConfig(), "and no noise stays none"
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "uniform"])

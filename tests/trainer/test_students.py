@@ -141,7 +141,7 @@ def test_tied_projection_and_readout_cost_no_vocabulary_sized_weights():
     ("noise", "message"),
     [
         (NoiseConfig(kind="none", input="replace"), "would be ignored"),
-        (NoiseConfig(kind="gumbel"), "no input, readout or draft uses it"),
+        (NoiseConfig(kind="gumbel", prior="unigram"), "no input, readout or draft uses it"),
         (NoiseConfig(kind="gumbel", drafts=[3]), r"of 1\.\.2"),
         (NoiseConfig(kind="gumbel", drafts=[1, 1]), "each layer once"),
         (NoiseConfig(kind="gumbel", readout=True, prior="unigram"), r"prior \(unigram\) .* would be ignored"),
