@@ -22,6 +22,8 @@
     machine    this machine's limits, times within rounds, peak memory
     teachers   the distributions that are measured: simulated ones at any vocabulary, a real causal LM's on a dataset's rows
     floor      what the kept entries cost an ideal coder that rebuilds the noise stream
+    pages      python -m benchmarks.pages     the tables of docs/ablation.md and docs/results.md from the JSON here; `--check` names what differs
+    page_tables  those tables: which figures, which rows, in which words
     results    their command line, their table, and their JSON with date, hardware and versions
 
 A figure in the documentation names the command that printed it.

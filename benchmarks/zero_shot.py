@@ -153,14 +153,15 @@ def run(config: Config) -> None:
         figures[student] = {"likelihood": answered["likelihood"], **kept}
     results.show(
         f"Zero-shot on held-out text, {len(found[NEXT])} questions", ["student", "next (chance .25)", "order (chance .25)", "perplexity a word"],
-        [[name, *(_share(one[task]) for task in (NEXT, ORDER)), f"{one[TEXT]['word_perplexity,none']:.1f}"] for name, one in figures.items()],
+        [[name, *(share(one[task]) for task in (NEXT, ORDER)), f"{one[TEXT]['word_perplexity,none']:.1f}"] for name, one in figures.items()],
         "± is one standard error",
     )  # fmt: skip
     settings = {"heldout": config.heldout, "questions": len(found[NEXT]), "draws": config.draws, "seed": config.seed}
     results.write(Path(config.output), settings, {"students": figures})
 
 
-def _share(figures: dict[str, Any]) -> str:
+def share(figures: dict[str, Any]) -> str:
+    """A task's share of right answers, with its standard error."""
     return f"{figures['acc,none']:.3f} ± {figures['acc_stderr,none']:.3f}"
 
 

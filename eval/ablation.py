@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from eval.causal import CausalLM
+from eval.chain_page import markdown_table
 from eval.config import AcceptConfig, ReportConfig, System
 from eval.reconstruct import full_rows
 from eval.taught import make_all
@@ -237,11 +239,14 @@ def markdown(config: AblationConfig, built: Report) -> str:
     for name, of in config.groups.items():
         group = built["groups"][name]
         lines += ["", f"## {name}", "", _reading(config, of, group), ""]
-        heads = group["columns"]
-        lines += ["| student | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-        for student in (group["students"][name] for name in of.students):
-            lines.append(f"| {student['about']} | " + " | ".join(_cell(student["columns"][head]) for head in heads) + " |")
+        lines.append(markdown_table(["student", *group["columns"]], rows(group, of.students, group["columns"])))
     return "\n".join(lines) + "\n"
+
+
+def rows(group: Report, students: Iterable[str], columns: list[str]) -> list[list[str]]:
+    """What each of these students is, and its figures; empty in a column that its group does not have."""
+    chosen = [group["students"][name] for name in students]
+    return [[one["about"], *(cell(one["columns"][column]) if column in one["columns"] else "" for column in columns)] for one in chosen]
 
 
 def _reading(config: AblationConfig, of: Group, group: Report) -> str:
@@ -258,7 +263,8 @@ def _reading(config: AblationConfig, of: Group, group: Report) -> str:
     )
 
 
-def _cell(found: dict[str, Any] | None) -> str:
+def cell(found: dict[str, Any] | None) -> str:
+    """The geometric mean and the seeds' extremes; a dash where the figure does not suit the student."""
     if found is None:
         return "—"
     digits = 1 if found["mean"] >= 10 else 3
