@@ -219,7 +219,8 @@ def test_settings_that_cannot_be_are_refused(tmp_path, settings, message):
         tiny(tmp_path, **settings)
 
 
-def test_the_recipe_parses_and_shows_its_control():
+def test_the_recipes_parse_and_the_first_shows_its_control():
+    assert parse(["chain", "--config", "recipes/demo_chain_converged.yaml"])[1].optim.steps == 12_000
     command, config = parse(["chain", "--config", "recipes/demo_chain.yaml", "--optim.steps", "7"])
     assert command == "chain" and config.optim.steps == 7 and config.sequences >= 1000
     for name, others in config.against.items():

@@ -408,6 +408,8 @@ def test_the_demos_recipe_is_understood() -> None:
     command, config = parse(["report", "--config", str(RECIPES / "demo_report.yaml"), "--nfe", "[1, 2]", "--systems.mdlm.temperatures", "[1.0]"])
     assert command == "report" and isinstance(config, ReportConfig)
     assert config.nfe == [1, 2] and config.systems["mdlm"].temperatures == [1.0] and config.baseline in config.systems
+    reports = [path for path in RECIPES.rglob("*.yaml") if {"judge", "nfe"} <= yaml.safe_load(path.read_text()).keys()]
+    assert len(reports) >= 6 and all(isinstance(parse(["report", "--config", str(path)])[1], ReportConfig) for path in reports)
     _, quality = parse(["report", "--config", str(RECIPES / "demo_quality.yaml")])
     assert quality.students and quality.mauve.featuriser
     assert {Path(system.student).parent for system in quality.systems.values()} == {Path(quality.students), Path("runs/demo")}
