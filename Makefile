@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo demo-data ground-truth ablation test test-faults fuzz lint constraints clean-demo
+.PHONY: help install environment demo demo-data ground-truth ablation test test-faults fuzz lint constraints clean-demo
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -21,8 +21,13 @@ help:
 
 install: $(STAMP)
 
+# One at a time: a second `make` beside this one waits for the environment instead of taking it away from the first.
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; this is " + sys.version.split()[0] + ". Set PYTHON=...")'
+	@$(PYTHON) -c 'import fcntl, os, subprocess, sys; lock = open(".venv.lock", "w"); fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(0 if os.path.exists("$(STAMP)") else subprocess.call(["$(MAKE)", "--no-print-directory", "environment"]))'
+	@touch $(STAMP)
+
+environment:
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q --no-deps -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
