@@ -260,11 +260,32 @@ def sampling(read: Read) -> str:
         cells = {at: interval(found["matched"]["perplexity"]) + _end(found["matched"]) for at, found in system["nfe"].items()}
         if system["free"]:
             ((own, found),) = system["nfe"].items()
-            points_P2 = np.array(sorted((point["entropy"]["value"], point["forwards"]["mean"]) for point in found["points"]))
-            forwards = np.interp(report["real"]["entropy"]["value"], points_P2[:, 0], points_P2[:, 1])
-            cells = {"its own": f"{cells[own]} in {forwards:.0f}"}
+            cells = {"its own": f"{cells[own]} in {_forwards(report, found):.0f}"}
         lines.append(_row(words, [cells.get(at, "") for at in (*nfe, "its own")], bold=len(nfe) + 1))
     return markdown_table(["student and sampler", *(f"NFE {at}" for at in nfe), "its own"], lines)
+
+
+_VIEWS = {
+    "": "all, all (exact)", "-M8": "8, all", "-M4": "4, all", "-M2": "2, all", "-W8": "all, 8", "-W1": "all, 1", "-M4-W1": "4, 1",
+}  # fmt: skip
+
+
+def lookahead(read: Read) -> str:
+    """Adaptive decoding by how many masks are in view and how much is read anew, both students at the entropy of held-out text."""
+    report, students, lines = read("lookahead"), ("mdlm", "mdlm-gumbel"), []
+    for view, words in _VIEWS.items():
+        cells = []
+        for student in students:
+            (found,) = report["systems"][student + view]["nfe"].values()
+            cells += [f"{_forwards(report, found):.2f}", interval(found["matched"]["perplexity"], 2) + _end(found["matched"])]
+        lines.append([words, *cells])
+    return markdown_table(["M, W", *(head for student in students for head in (f"{student}: NFE", "perplexity"))], lines)
+
+
+def _forwards(report: Figures, found: Figures) -> float:
+    """Those that a free system takes where it has the entropy of held-out text, between its traced points."""
+    points_P2 = np.array(sorted((point["entropy"]["value"], point["forwards"]["mean"]) for point in found["points"]))
+    return float(np.interp(report["real"]["entropy"]["value"], points_P2[:, 0], points_P2[:, 1]))
 
 
 PAGES: dict[str, dict[str, Table]] = {
@@ -278,6 +299,7 @@ PAGES: dict[str, dict[str, Table]] = {
         "parts": parts, "heads": heads, "drafters": drafters, "wide_drafters": wide_drafters,
         "perplexity": perplexity, "mauve": mauve, "entropy": entropy, **{f"distinct_{n}": partial(distinct, n) for n in (1, 2, 3)},
         "seconds": seconds, "reconstruction": reconstruction, "zero_shot": zero_shot, "sampling": sampling,
+        "lookahead": lookahead,
     },
 }  # fmt: skip
 """Page -> name of a table -> what makes it."""

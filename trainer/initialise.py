@@ -5,7 +5,7 @@ What fits by meaning and shape is loaded; the report says what was, what kept it
     ours, Llama and its family    by name
     GPT-2                         embedding, attention and, into a dit, MLP and norms; its learned positions and attention biases fit nowhere
     ModernBERT                    embedding and attention; into a llama its MLP, into a dit its norms
-    BERT, RoBERTa                 embedding alone: their layers normalise after each branch, ours before
+    BERT, RoBERTa                 embedding alone: their layers normalise after each branch, ours before, and students learn slower from them
     MDLM, BD3-LM                  all of it into a dit (exactly, see `published`); embedding and attention into a llama
 A deeper student takes the layers again from the first. The mask's embedding is theirs if they have one, else the mean token's.
 """
