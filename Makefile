@@ -24,7 +24,7 @@ install: $(STAMP)
 # One at a time: a second `make` beside this one waits for the environment instead of taking it away from the first.
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; this is " + sys.version.split()[0] + ". Set PYTHON=...")'
-	@$(PYTHON) -c 'import fcntl, os, subprocess, sys; lock = open(".venv.lock", "w"); fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(0 if os.path.exists("$(STAMP)") else subprocess.call(["$(MAKE)", "--no-print-directory", "environment"]))'
+	@$(PYTHON) -c 'import fcntl, os; lock = open(".venv.lock", "w"); os.set_inheritable(lock.fileno(), True); fcntl.flock(lock, fcntl.LOCK_EX); os.path.exists("$(STAMP)") or os.execvp("$(MAKE)", ["$(MAKE)", "--no-print-directory", "environment"])'
 	@touch $(STAMP)
 
 environment:

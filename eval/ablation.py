@@ -113,6 +113,8 @@ class AblationConfig:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}; give at least one, each once")
+        if self.refine < 0 or self.sequences < 2:
+            raise ValueError(f"refine is {self.refine} and sequences {self.sequences}; they must be at least 0 and 2")
 
     @property
     def folder(self) -> Path:

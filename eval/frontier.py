@@ -64,11 +64,11 @@ def match(frontier: Frontier, entropy_R: Array) -> Matched:
     return Matched(_interpolate(x_PR, y_PR, np.clip(entropy_R, x_PR[0], x_PR[-1])), position, clamped)
 
 
-def setting_at(settings: Sequence[float], entropies: Sequence[float], wanted: float) -> float | None:
+def setting_at(settings: Sequence[float], entropies: Sequence[float], wanted: float, low: float, high: float) -> float | None:
     """The setting (a temperature, say) at which the entropy is the wanted one, by a line through two of the points traced so far.
 
-    The two are those nearest to it on both sides, or, where it lies on one side of all, the two nearest: then the line is followed to half of
-    the nearest setting, or twice it, at most. None where a line says nothing: of one point, or of two with one entropy.
+    The two are those nearest to it on both sides or, where it lies on one side of all, the two nearest: then the line is followed no further than
+    to `low` or `high`. None where a line says nothing: of one point, of two with one entropy, or where it falls while the frontier rises.
     """
     points = sorted(zip(entropies, settings, strict=True))
     above = sum(entropy <= wanted for entropy, _ in points)
@@ -76,8 +76,12 @@ def setting_at(settings: Sequence[float], entropies: Sequence[float], wanted: fl
     if len(points) < 2 or points[first][0] == points[first + 1][0]:
         return None
     (x0, y0), (x1, y1) = points[first : first + 2]
-    nearest = min(points, key=lambda point: abs(point[0] - wanted))[1]
-    return min(max(y0 + (wanted - x0) / (x1 - x0) * (y1 - y0), nearest / 2), nearest * 2)
+    found = y0 + (wanted - x0) / (x1 - x0) * (y1 - y0)
+    if x0 <= wanted <= x1:
+        return found
+    by_setting = sorted(zip(settings, entropies, strict=True))
+    rises = by_setting[-1][1] > by_setting[0][1]
+    return min(max(found, low), high) if (y1 > y0) == rises else None
 
 
 def _interpolate(x_PR: Array, y_PR: Array, at_R: Array) -> Array:

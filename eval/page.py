@@ -84,7 +84,7 @@ def introduction(report: Report) -> str:
         f"Real held-out text: {_reference(real)} nats a token.",
     ]
     if teacher is not None:
-        lines.append(f"The teacher's own samples, one forward a token: {_reference(teacher)}{_teacher_matched(teacher)}.")
+        lines.append(f"The teacher's own samples, one forward a token: {_reference(teacher)}{teacher_matched(teacher)}.")
     return "  \n".join(lines)
 
 
@@ -94,10 +94,10 @@ def _reference(figures: dict[str, Any]) -> str:
 
 
 def _refined(points: int) -> str:
-    return f", between points of which {points} of each number of forwards {'was' if points == 1 else 'were'} placed there" if points else ""
+    return f", between points of which {points} of each frontier {'is' if points == 1 else 'are'} placed there where it can be" if points else ""
 
 
-def _teacher_matched(teacher: dict[str, Any]) -> str:
+def teacher_matched(teacher: dict[str, Any]) -> str:
     """What the teacher's frontier says at the entropy of real text; nothing where it was not traced so far."""
     matched = teacher["matched"]
     if matched is None or matched["position"] != "inside":
@@ -178,10 +178,11 @@ def _points(report: Report, cells: Any, heads: list[str]) -> Table:
                 own = [interval(point["mauve"], 3)] if near else []
                 own += [f"{point['teacher_agreement']:.1%}"] if agreed else []
                 rows.append([name, nfe + (f" ({made} made)" if made != nfe else ""), _decoding(system, point), *cells(point), *own])
-    for name in ("teacher", "real"):
-        if report[name] is not None:
-            own = [interval(report[name]["mauve"], 3) if "mauve" in report[name] else ""] if near else []
-            rows.append([name, "", "", *cells(report[name]), *own, *([""] if agreed else [])])
+    teacher = report["teacher"]["points"] if report["teacher"] is not None else []
+    for name, point in [*(("teacher", point) for point in teacher), ("real", report["real"])]:
+        own = [interval(point["mauve"], 3) if "mauve" in point else ""] if near else []
+        decoding = f"temperature {point['temperature']:g}" if name == "teacher" else ""
+        rows.append([name, "", decoding, *cells(point), *own, *([""] if agreed else [])])
     last = (["MAUVE"] if near else []) + (["as the teacher from this noise"] if agreed else [])
     return Table(["system", "NFE", "decoding", *heads, *last], rows)
 

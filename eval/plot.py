@@ -94,9 +94,11 @@ def _frontiers(axis: Any, report: Report, colours: dict[str, str], figure: str) 
     for nfe in keys:
         axis.plot([], [], color="grey", marker=marks[nfe], ms=4, ls="", label=f"NFE {nfe}")
     axis.axvline(report["real"]["entropy"]["value"], color="black", ls=":", lw=1)
-    for name, mark in (("real", "*"), ("teacher", "P")):
-        if report[name] is not None and figure in report[name]:
-            axis.plot(report[name]["entropy"]["value"], report[name][figure]["value"], mark, color="black", ms=9, ls="", label=name)
+    teacher = report["teacher"]["points"] if report["teacher"] is not None else []
+    for name, mark, of in (("real", "*", [report["real"]]), ("teacher", "P", teacher)):
+        points = sorted((point["entropy"]["value"], point[figure]["value"]) for point in of if figure in point)
+        if points:
+            axis.plot(*zip(*points, strict=True), mark, color="black", ms=9, ls="-" if len(points) > 1 else "", lw=1, label=name)
     axis.set_xlabel("token entropy, nats")
     _value_axis(axis, figure)
     axis.set_title("Frontiers: " + ("perplexity" if figure == "perplexity" else "MAUVE") + " against entropy", fontsize=10)

@@ -79,7 +79,7 @@ class _Builder:
             "warnings": study.left_out + cautions(config, study.heldout, len(study.real_SL), study.judge_identity, study.teacher_identity),
             "provenance": self._provenance(),
             "machine": study.machine if config.timing_rows else None,
-            "real": self._figures("real", real, self.real_weights_RS, None),
+            "real": self._figures(real, self.real_weights_RS),
             "teacher": self._teacher(teacher) if teacher else None,
             "systems": {name: self._system(name) for name in config.systems},
             "comparisons": self._comparisons(),
@@ -91,7 +91,7 @@ class _Builder:
         }
 
     def _teacher(self, points: list[Traced]) -> dict[str, Any]:
-        found = [self._figures(point.name, self.scored[point], self.weights_RS, self.mauve.get(point)) for point in points]
+        found = [self._figures(self.scored[point], self.weights_RS, self.mauve.get(point)) for point in points]
         shown = [{"temperature": point.decoding.temperature, **figures} for point, figures in zip(points, found, strict=True)]
         return {**found[0], "points": shown, "matched": self._read(*self._match(points), found) if len(points) > 1 else None}
 
@@ -140,16 +140,16 @@ class _Builder:
 
     def _point(self, point: Traced) -> dict[str, Any]:
         scored, made_S = self.scored[point], self.drawn[point][1]
-        found = self._figures(point.name, scored, self.weights_RS, self.mauve.get(point))
+        found = self._figures(scored, self.weights_RS, self.mauve.get(point))
         found["forwards"] = {"mean": float(made_S.mean()), "least": int(made_S.min()), "most": int(made_S.max())}
         if self.teacher_SL is not None:
             found["teacher_agreement"], found["teacher_prefix"] = agreement(scored.ids_SL, self.teacher_SL)
         return found
 
-    def _figures(self, name: str, scored: Scored, weights_RS: Array, mauve_R: Array | None = None) -> dict[str, Any]:
+    def _figures(self, scored: Scored, weights_RS: Array, mauve_R: Array | None = None) -> dict[str, Any]:
         found = figures(scored, weights_RS, self.ends)
-        if self.config.mauve.featuriser and name != "real":
-            found["mauve"] = asdict(mauve.interval(self._mauve(name, scored) if mauve_R is None else mauve_R))
+        if mauve_R is not None:
+            found["mauve"] = asdict(mauve.interval(mauve_R))
         return found
 
     def _comparisons(self) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eval.page import columns, interval, matched_row
+from eval.page import columns, interval, matched_row, teacher_matched
 
 
 def show_report(report: dict[str, Any], folder: Path) -> None:
@@ -23,9 +23,8 @@ def show_report(report: dict[str, Any], folder: Path) -> None:
     console.print(table)
     for name, label in (("teacher", "the teacher's own samples"), ("real", "real text")):
         if report[name] is not None:
-            console.print(
-                f"{label}: perplexity {interval(report[name]['perplexity'])}, entropy {interval(report[name]['entropy'], 3)}", highlight=False
-            )
+            as_it_is = f"{label}: perplexity {interval(report[name]['perplexity'])}, entropy {interval(report[name]['entropy'], 3)}"
+            console.print(as_it_is + (teacher_matched(report[name]) if name == "teacher" else ""), highlight=False, soft_wrap=True)
     for line in report["comparisons"]:
         console.print(Text(line["sentence"], style="green" if line["below_one"] else ""), soft_wrap=True)
     show_notes(report["warnings"])

@@ -179,13 +179,10 @@ def further(system: System, points: list[Traced], entropies: list[float], wanted
     if not system.swept:
         return None
     name = {"temperatures": "temperature", "noise_temperatures": "noise_temperature", "nuclei": "nucleus"}[system.swept[0]]
-    tried = [float(getattr(point.decoding, name)) for point in points]
-    found = setting_at(tried, entropies, wanted)
-    if found is None:
-        return None
-    found = round(min(found, 1.0) if name == "nucleus" else found, 3)
-    changed: dict[str, Any] = {name: found}
-    return None if found in tried else replace(points[0], decoding=replace(points[0].decoding, **changed))
+    tried, asked = [float(getattr(point.decoding, name)) for point in points], getattr(system, system.swept[0])
+    found = setting_at(tried, entropies, wanted, min(asked) / 2, 1.0 if name == "nucleus" else 2 * max(asked))
+    changed: dict[str, Any] = {name: found and float(f"{found:.4g}")}
+    return None if changed[name] in (None, *tried) else replace(points[0], decoding=replace(points[0].decoding, **changed))
 
 
 def check_bare(about: str, student: Any, decoding: Decoding) -> None:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 from noise.secrets import redacted
 from trainer import estimate_command, export
-from trainer.config import TrainConfig
+from trainer.config import PARTS, NoiseConfig, TrainConfig
 from trainer.loop import train
 
 
@@ -34,7 +36,21 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     parsed = parser.parse_args(arguments)
     parsed.pop("config", None)
     config: TrainConfig = TrainConfig(**parser.instantiate(parsed).as_dict())
+    _refuse_parts_that_are_off(config, parser.parse_args(arguments, defaults=False))
     return config
+
+
+def _refuse_parts_that_are_off(config: TrainConfig, given: Any) -> None:
+    """ValueError where a recipe names parts of the noise, none of which is on: once parsed they look like a kind alone, which is all parts."""
+    off = asdict(NoiseConfig())
+    named = {name: given.get(f"student.noise.{name}") for name in PARTS}
+    named = {name: value for name, value in named.items() if value is not None}
+    if config.student.noise.kind != "none" and named and all(value == off[name] for name, value in named.items()):
+        said = ", ".join(f"student.noise.{name} ({value})" for name, value in named.items())
+        raise ValueError(
+            f"{said} switch parts of the noise off, and no part is named that is on (student.noise.kind {config.student.noise.kind}): "
+            "name the parts that the student should have, or the kind alone for all"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

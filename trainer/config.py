@@ -6,6 +6,9 @@ import math
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Literal
 
+PARTS = ("input", "projection", "prior", "readout", "drafts", "draft_restart")
+"""Settings of the noise that say what reads it."""
+
 
 @dataclass
 class NoiseConfig:
@@ -16,7 +19,7 @@ class NoiseConfig:
     independent: fresh Gumbel noise that knows nothing of the text, the control. none: no noise.
     A kind alone gives the student all parts, as docs/ablation.md found them best: input (mdlm: add, else replace), projection tied, prior
     unigram, readout, and a draft that restarts, after half the layers (medusa: a draft of every place but the last). Where input, readout or
-    drafts is named, the student has the named ones alone."""
+    drafts is named, the student has the named ones alone: the recipes name theirs."""
     input: Literal["none", "replace", "add"] = "none"
     """Whether softmax(g) through a V x H projection replaces the mask embedding, or is added to it."""
     projection: Literal["own", "tied", "low_rank"] = "own"

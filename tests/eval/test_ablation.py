@@ -13,7 +13,7 @@ import yaml
 
 from eval import tables
 from eval.__main__ import main, parse
-from eval.ablation import markdown, training
+from eval.ablation import _report_config, markdown, training
 from tests.eval.world import write_world
 from trainer.loop import _Run
 
@@ -53,6 +53,13 @@ def test_every_student_is_its_recipe_with_its_own_change_and_seed(made: Path) ->
     assert (plain.seed, plain.optim.steps, noisy.student.noise.kind, noisy.student.noise.input) == (2, 3, "gumbel", "replace")
     noisy.student.noise, noisy.output = plain.student.noise, plain.output
     assert noisy == plain
+
+
+def test_frontiers_are_refined_as_it_says(made: Path) -> None:
+    config = parse(["ablation", "--config", str(made / "ablation.yaml"), "--refine", "3"])[1]
+    assert _report_config(config, "masked", 2).refine == 3
+    with pytest.raises(ValueError, match="refine is -1"):
+        parse(["ablation", "--config", str(made / "ablation.yaml"), "--refine", "-1"])
 
 
 def test_figures_are_ratios_to_the_baseline_of_the_same_seed(made: Path) -> None:

@@ -43,16 +43,18 @@ def test_points_of_equal_entropy_do_not_divide_by_zero() -> None:
 
 
 def test_a_setting_is_found_on_the_line_through_the_points_on_both_sides() -> None:
-    assert setting_at([0.8, 1.1, 0.95], [2.0, 3.5, 3.0], 3.25) == pytest.approx(1.025)  # between 0.95 and 1.1, in any order
-    assert setting_at([0.8, 0.95, 1.1], [2.0, 3.0, 3.5], 3.0) == pytest.approx(0.95)
-    assert setting_at([1.6, 1.0], [2.0, 3.0], 2.5) == pytest.approx(1.3)  # a frontier may fall as its setting rises
+    assert setting_at([0.8, 1.1, 0.95], [2.0, 3.5, 3.0], 3.25, 0.4, 2.2) == pytest.approx(1.025)  # between 0.95 and 1.1, in any order
+    assert setting_at([0.8, 0.95, 1.1], [2.0, 3.0, 3.5], 3.0, 0.4, 2.2) == pytest.approx(0.95)
+    assert setting_at([1.6, 1.0], [2.0, 3.0], 2.5, 0.5, 3.2) == pytest.approx(1.3)  # a frontier may fall as its setting rises
+    assert setting_at([0.1, 1.0], [2.0, 3.0], 2.45, 0.05, 2.0) == pytest.approx(0.505)  # however far apart the points are
 
 
-def test_beyond_the_points_a_setting_follows_the_nearest_two_and_no_further_than_to_half_or_twice() -> None:
-    assert setting_at([0.8, 0.95, 1.1], [2.0, 3.0, 3.5], 3.75) == pytest.approx(1.175)
-    assert setting_at([0.8, 0.95, 1.1], [2.0, 3.0, 3.5], 1.5) == pytest.approx(0.725)
-    assert setting_at([0.9, 1.1], [2.0, 2.001], 4.0) == 2.2 and setting_at([0.9, 1.1], [2.0, 2.001], 0.0) == 0.45
-    assert setting_at([1.0], [2.0], 3.0) is None and setting_at([1.0, 1.2], [2.0, 2.0], 3.0) is None
+def test_beyond_the_points_a_setting_follows_the_nearest_two_and_no_further_than_it_may() -> None:
+    assert setting_at([0.8, 0.95, 1.1], [2.0, 3.0, 3.5], 3.75, 0.4, 2.2) == pytest.approx(1.175)
+    assert setting_at([0.8, 0.95, 1.1], [2.0, 3.0, 3.5], 1.5, 0.4, 2.2) == pytest.approx(0.725)
+    assert setting_at([0.9, 1.1], [2.0, 2.001], 4.0, 0.45, 2.2) == 2.2 and setting_at([0.9, 1.1], [2.0, 2.001], 0.0, 0.45, 2.2) == 0.45
+    assert setting_at([1.0], [2.0], 3.0, 0.5, 2.0) is None and setting_at([1.0, 1.2], [2.0, 2.0], 3.0, 0.5, 2.4) is None
+    assert setting_at([1.0, 2.0, 4.0], [2.0, 2.51, 2.50], 3.0, 0.5, 8.0) is None, "the last two say that it falls, and it does not"
 
 
 def test_ratio_is_paired_replicate_by_replicate() -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from eval import causal, features, reconstruct, systems
+from eval import causal, features, plot, reconstruct, study, systems
 from eval.__main__ import main, parse
 from eval.config import ReportConfig
+from eval.page import interval
 from eval.report import _interval_at
 from tests.eval.world import LENGTH, VOCAB, write_blocks, write_causal, write_heldout, write_student, write_world
 from trainer.config import NoiseConfig, StudentConfig
@@ -110,6 +111,28 @@ def test_a_point_of_every_frontier_is_placed_at_the_entropy_of_real_text(finishe
     assert teacher["points"][0]["perplexity"] == teacher["perplexity"] == reports[0]["teacher"]["perplexity"]
     gaps = [abs(point["entropy"]["value"] - wanted) for point in teacher["points"]]
     assert gaps[1] < gaps[0] and min(gaps[2:]) < 0.02 and teacher["matched"]["position"] == "inside"
+    coarse, fine = ((tmp_path / name / "report.md").read_text() for name in ("coarse", "fine"))
+    said = f"; at the entropy of real text perplexity {interval(teacher['matched']['perplexity'])}."
+    assert said in fine and "at the entropy of real text perplexity" not in coarse
+    assert "4 of each frontier are placed there" in fine and "placed there" not in coarse
+    assert plot._line(reports[2], "teacher") == (teacher["matched"], "the teacher, a forward a token")
+    assert plot._line(reports[0], "teacher")[0] == reports[0]["teacher"] and "as they are (3.01 nats)" in plot._line(reports[0], "teacher")[1]
+
+
+def test_a_figure_is_read_beside_the_point_that_was_placed_for_it(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    at = report["systems"]["plain"]["nfe"]["1"]
+    wanted, points = report["real"]["entropy"]["value"], sorted((p["entropy"]["value"], p["perplexity"]["value"]) for p in at["points"])
+    x, y = zip(*points, strict=True)
+    assert at["matched"]["perplexity"]["value"] == pytest.approx(np.exp(np.interp(wanted, x, np.log(y))))
+
+
+def test_the_count_of_work_ends_where_the_work_does(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    monkeypatch.setattr(study.Progress, "close", lambda progress: counts.append((progress._done, progress._total)))
+    for refine in ("0", "2"):
+        assert run(recipe(world, tmp_path / "out"), "--refine", refine) == 0
+    assert len(counts) == 2 and all(done == total for done, total in counts) and counts[0] < counts[1]
 
 
 def test_page_states_every_verdict_and_shows_the_picture(finished: Path) -> None:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from noise.identity import differences
 from trainer import flops
 from trainer.__main__ import parse
-from trainer.config import TrainConfig
+from trainer.config import NoiseConfig, TrainConfig
 from trainer.estimate import positions
 from trainer.recipe import recipe_of
 from trainer.students import build
@@ -93,6 +93,25 @@ def test_recipe_parses(path: Path) -> None:
 def test_overrides_reach_nested_settings() -> None:
     config = parse(["--output", "x", "--student.noise.drafts", "[1, 3]", "--optim.betas", "[0.9, 0.95]"])
     assert config.student.noise.drafts == [1, 3] and tuple(config.optim.betas) == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("kind", ["mdlm", "bd3lm", "mtp", "medusa"])
+def test_one_flag_gives_a_recipe_without_noise_what_the_recipe_with_all_parts_names(kind: str) -> None:
+    given = parse(["--config", f"recipes/demo_{kind}.yaml", "--student.noise.kind", "gumbel"])
+    assert given.student.noise == read(f"recipes/demo_{kind}_gumbel.yaml").student.noise
+    deeper = parse(["--config", "recipes/demo_mdlm.yaml", "--student.noise.kind", "gumbel", "--student.layers", "12"])
+    assert deeper.student.noise.drafts == [6]
+
+
+@pytest.mark.parametrize(
+    "off", [["readout", "false"], ["drafts", "[]"], ["projection", "own"], ["input", "none"], ["draft_restart", "false"]], ids=str
+)
+def test_parts_that_are_only_switched_off_beside_a_kind_are_refused(off: list[str]) -> None:
+    override = [f"--student.noise.{off[0]}", off[1]]
+    with pytest.raises(ValueError, match=f"student.noise.{off[0]} .* switch parts of the noise off"):
+        parse(["--config", "recipes/demo_mdlm.yaml", "--student.noise.kind", "gumbel", *override])
+    assert parse(["--config", "recipes/demo_mdlm_gumbel.yaml", *override]).student.noise.kind == "gumbel", "some that are on are named there"
+    assert parse(["--config", "recipes/demo_mdlm.yaml", *override]).student.noise == NoiseConfig()
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
