@@ -223,6 +223,7 @@ _SCORED = {
     "mdlm-independent": ("mdlm, independent noise", ""),
     "mdlm-gumbel": ("mdlm, Gumbel, all parts", ""),
     "bd3lm": ("bd3lm, blocks of 4", ", over all orders"),
+    "bd3lm-gumbel": ("bd3lm, blocks of 4, Gumbel, all parts", ""),
     "mtp": ("mtp, eight tokens a call", ", call by call"),
     "mtp-gumbel": ("mtp, Gumbel, all parts", ""),
     "ar": ("ar", ""),
@@ -231,7 +232,8 @@ _SCORED = {
 
 
 def zero_shot(read: Read) -> str:
-    found = {Path(student).name: figures for student, figures in read("zero_shot")["students"].items()}
+    scored = {**read("zero_shot")["students"], **read("zero_shot_blocks")["students"]}
+    found = {Path(student).name: figures for student, figures in scored.items()}
     lines = []
     for student, (words, exact) in _SCORED.items():
         one = found[student]
