@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,10 @@ def stream() -> dict[str, Any]:
 
 def _number(word: int) -> dict[str, Any]:
     v = np.minimum((np.float32(np.uint32(word)) + np.float32(0.5)) * np.float32(2.0**-32), np.float32(1 - 2.0**-24))
-    e = float(-np.log1p(-np.float64(v)))
-    return {"word": word, "v_bits": f"{v.view(np.uint32):08x}", "v": float(v), "E": e, "g": float(-np.log(e))}
+    with localcontext(prec=50):  # logarithms of a machine's own library differ in their last bit from one processor to the next
+        e = -(1 - Decimal(float(v))).ln()
+        g = -e.ln()
+    return {"word": word, "v_bits": f"{v.view(np.uint32):08x}", "v": float(v), "E": float(e), "g": float(g)}
 
 
 def write(path: Path, value: Any) -> None:
