@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import yaml
 
-from eval import causal, features, plot, reconstruct, study, systems
-from eval.__main__ import main, parse
+from eval import causal, features, reconstruct, systems
+from eval.__main__ import parse
 from eval.config import ReportConfig
-from eval.page import interval
 from eval.report import _interval_at
+from tests.eval.reports import recipe, run
 from tests.eval.world import LENGTH, VOCAB, write_blocks, write_causal, write_heldout, write_student, write_world
 from trainer.config import NoiseConfig, StudentConfig
 from trainer.students import build, save_student
@@ -37,26 +37,6 @@ def write_ahead(folder: Path, context: str = "drawn") -> None:
 
 def write_medusa(folder: Path, world: Path) -> None:
     write_student(folder, kind="medusa", seed=5, noise=NoiseConfig("gumbel", "add", readout=True), backbone=world / "teacher")
-
-
-def recipe(world: Path, output: Path, **change: object) -> Path:
-    settings = {
-        "output": str(output),
-        "systems": {
-            "plain": {"student": str(world / "plain"), "temperatures": [0.5, 1.0, 2.0]},
-            "noisy": {"student": str(world / "gumbel"), "noise_temperatures": [0.5, 1.0, 2.0]},
-            "blind": {"student": str(world / "independent"), "temperatures": [0.5, 1.0, 2.0], "nucleus": 0.9},
-        },
-        "baseline": "plain", "control": "blind", "heldout": str(world / "heldout"), "judge": str(world / "judge"), "teacher": str(world / "teacher"),
-        "nfe": [1, 3], "sequences": 36, "batch": 16, "reconstruction_rows": 20, "timing_rows": 0, "replicates": 30, "device": "cpu", "shown": 2,
-    }  # fmt: skip
-    path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump({**settings, **change}, sort_keys=False))
-    return path
-
-
-def run(path: Path, *overrides: str) -> int:
-    return main(["report", "--config", str(path), *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -89,50 +69,6 @@ def test_report_holds_every_figure_with_its_interval(finished: Path) -> None:
     assert report["rejected"] == 0 and report["machine"] is None
     assert report["teacher"]["sequences"] == 36 and report["real"]["sequences"] == 36
     assert len(report["shown"]) == 2 and report["shown_nfe"] == 3 and report["shown"][0]["systems"]["noisy"].startswith("w")
-
-
-def test_a_point_of_every_frontier_is_placed_at_the_entropy_of_real_text(finished: Path, world: Path, tmp_path: Path) -> None:
-    assert run(recipe(world, tmp_path / "coarse"), "--refine", "0") == 0 and run(recipe(world, tmp_path / "fine"), "--refine", "4") == 0
-    reports = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "coarse", finished, tmp_path / "fine")]
-    wanted, inside = reports[0]["real"]["entropy"]["value"], 0
-    for name in ("plain", "noisy", "blind"):
-        for nfe in ("1", "3"):
-            at = [report["systems"][name]["nfe"][nfe] for report in reports]
-            assert [len(one["points"]) for one in at[:2]] == [3, 4] and at[1]["points"][:3] == at[0]["points"] == at[2]["points"][:3]
-            if at[0]["matched"]["position"] == "inside":
-                inside += 1
-                entropies = [[point["entropy"]["value"] for point in one["points"]] for one in at]
-                below, above = max(e for e in entropies[0] if e <= wanted), min(e for e in entropies[0] if e > wanted)
-                assert below < entropies[1][3] < above and min(abs(e - wanted) for e in entropies[2]) < 0.01
-    assert inside >= 2
-    assert reports[0]["teacher"]["matched"] is None and len(reports[0]["teacher"]["points"]) == 1
-    teacher = reports[2]["teacher"]
-    assert teacher["points"][0]["temperature"] == 1
-    assert teacher["points"][0]["perplexity"] == teacher["perplexity"] == reports[0]["teacher"]["perplexity"]
-    gaps = [abs(point["entropy"]["value"] - wanted) for point in teacher["points"]]
-    assert gaps[1] < gaps[0] and min(gaps[2:]) < 0.02 and teacher["matched"]["position"] == "inside"
-    coarse, fine = ((tmp_path / name / "report.md").read_text() for name in ("coarse", "fine"))
-    said = f"; at the entropy of real text perplexity {interval(teacher['matched']['perplexity'])}."
-    assert said in fine and "at the entropy of real text perplexity" not in coarse
-    assert "4 of each frontier are placed there" in fine and "placed there" not in coarse
-    assert plot._line(reports[2], "teacher") == (teacher["matched"], "the teacher, a forward a token")
-    assert plot._line(reports[0], "teacher")[0] == reports[0]["teacher"] and "as they are (3.01 nats)" in plot._line(reports[0], "teacher")[1]
-
-
-def test_a_figure_is_read_beside_the_point_that_was_placed_for_it(finished: Path) -> None:
-    report = json.loads((finished / "report.json").read_text())
-    at = report["systems"]["plain"]["nfe"]["1"]
-    wanted, points = report["real"]["entropy"]["value"], sorted((p["entropy"]["value"], p["perplexity"]["value"]) for p in at["points"])
-    x, y = zip(*points, strict=True)
-    assert at["matched"]["perplexity"]["value"] == pytest.approx(np.exp(np.interp(wanted, x, np.log(y))))
-
-
-def test_the_count_of_work_ends_where_the_work_does(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = []
-    monkeypatch.setattr(study.Progress, "close", lambda progress: counts.append((progress._done, progress._total)))
-    for refine in ("0", "2"):
-        assert run(recipe(world, tmp_path / "out"), "--refine", refine) == 0
-    assert len(counts) == 2 and all(done == total for done, total in counts) and counts[0] < counts[1]
 
 
 def test_page_states_every_verdict_and_shows_the_picture(finished: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.test_report import Page, recipe, run, status
+from tests.eval.reports import recipe, run
+from tests.eval.test_report import Page, status
 from tests.eval.world import write_heldout, write_student, write_world
 
 

@@ -12,7 +12,7 @@ from eval import causal, judge
 from eval.__main__ import main
 from eval.cautions import cautions_of_one
 from noise.storage import weights_hash
-from tests.eval.test_report import recipe, run
+from tests.eval.reports import recipe, run
 from tests.eval.world import write_world
 
 
