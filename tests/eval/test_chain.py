@@ -219,6 +219,13 @@ def test_settings_that_cannot_be_are_refused(tmp_path, settings, message):
         tiny(tmp_path, **settings)
 
 
+def test_a_kind_of_noise_alone_is_all_parts_here_too(tmp_path):
+    config = tiny(tmp_path, systems={"none": NoiseConfig(), "all": NoiseConfig("gumbel")}, against={})
+    noise = config.systems["all"]
+    assert (noise.input, noise.projection, noise.prior, noise.readout, noise.drafts) == ("add", "tied", "unigram", True, [1])
+    assert config.systems["none"] == NoiseConfig()
+
+
 def test_the_recipes_parse_and_the_first_shows_its_control():
     assert parse(["chain", "--config", "recipes/demo_chain_converged.yaml"])[1].optim.steps == 12_000
     command, config = parse(["chain", "--config", "recipes/demo_chain.yaml", "--optim.steps", "7"])
